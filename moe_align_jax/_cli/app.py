@@ -1,5 +1,6 @@
 """The typer application: options and help of each command."""
 
+import os
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -21,6 +22,12 @@ app = typer.Typer(
     no_args_is_help=True,
     help="The routing core of Mixture-of-Experts models for JAX: moe_align_block_size.",
 )
+
+
+def _console() -> Console:
+    """As wide as the terminal; where the output goes to a file, wide enough that no table cuts its columns."""
+    usual = Console()
+    return usual if usual.is_terminal or "COLUMNS" in os.environ else Console(width=160)
 
 
 def _known(name: str | None) -> str | None:
@@ -83,14 +90,14 @@ def demo_command(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Align random routings of real sizes on this machine and check the result against a plain NumPy loop."""
-    console = Console()
+    console = _console()
     _guarded(console, lambda: demo.run(console, implementation=implementation, seed=seed))
 
 
 @app.command("info")
 def info_command() -> None:
     """Versions, devices, which implementations run here, and why not the rest."""
-    console = Console()
+    console = _console()
     _guarded(console, lambda: info.run(console))
 
 
@@ -122,7 +129,7 @@ def profile_command(
     out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("profile"),
 ) -> None:
     """Run the op, or a model's layer, under jax.profiler, print time per kernel, and leave the trace."""
-    console = Console()
+    console = _console()
     if model is not None:
         if model not in profile_layer.MODELS:
             raise typer.BadParameter(f"{model!r} is none of {', '.join(profile_layer.MODELS)}")
@@ -242,7 +249,7 @@ def eplb_command(
         heatmap=heatmap,
         overwrite=overwrite,
     )
-    _exit(eplb.run(Console(), files, options))
+    _exit(eplb.run(_console(), files, options))
 
 
 @app.command(
@@ -254,6 +261,6 @@ def bench_command(context: typer.Context) -> None:
     """Verify and time against vLLM's and SGLang's ops, torch and XLA (needs a checkout)."""
     root = checkout.find()
     if root is None:
-        Console().print(checkout.MISSING, highlight=False, soft_wrap=True)
+        _console().print(checkout.MISSING, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
     _exit(checkout.run(root, "benchmarks.run", context.args))

@@ -43,6 +43,18 @@ def test_kernels_of_a_gpu_belong_to_stages(moe_align, tmp_path):
     assert 0 < float(span) < 1e6
 
 
+def test_a_redirected_table_is_not_cut(monkeypatch, tmp_path):
+    """A file has no width: rich would take 80 characters, and cut each cell that does not fit."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    options = ["--model", "qwen3-30b-a3b", "--scale", "64", "--num-tokens", "16", "--repeats", "1"]
+    done = CliRunner().invoke(app, ["profile", *options, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    rows = cells(done.output, "time per stage")
+    assert {len(row) for row in rows} == {8}
+    assert {row[0] for row in rows} >= {"route", "align", "gate and up", "down", "combine"}
+    assert "…" not in done.output
+
+
 def test_a_layers_table_is_what_its_trace_holds(moe_align, tmp_path):
     options = ["--model", "qwen3-30b-a3b", "--scale", "64", "--num-tokens", "16", "--repeats", "2"]
     # 128 pairs of 128 experts: enough for an alignment, and few enough to be quick.
