@@ -10,7 +10,8 @@ is an argument, tied to what it has received. Beside our transports stand
 - "plain job": the same job in jax.numpy on plain collectives: quantise, exchange, lay out; weight, exchange,
   add up. Rows are laid out by expert without gaps (as `ragged_dot` takes them), or in the masked layout's
   boxes;
-- "bare": the two exchanges of the same dense bytes and nothing else;
+- "bare": the two exchanges of the same dense bytes and nothing else; "read between" with the kernel that the
+  others have between the two, which reads what was received and makes the next pair's ids and weights;
 - "nothing": what every step has beside, the small kernel that reads an element of what was received.
 
 Each launch (flags of XLA) is a process of its own, or with `--processes 2` a process for each of two GPUs.
@@ -141,7 +142,12 @@ def wanted(mesh: jax.sharding.Mesh, size: Size, options: argparse.Namespace) -> 
 
 
 def step(
-    mesh: jax.sharding.Mesh, size: Size, exchange: Exchange, calls: int, reads: bool = True
+    mesh: jax.sharding.Mesh,
+    size: Size,
+    exchange: Exchange,
+    calls: int,
+    reads: bool = True,
+    between: bool = False,
 ) -> clocks.Step:
     """`((x, ids, weights), y) -> (x, ids, weights)` through a chain of pairs, each of which sends what came
     back from the one before. An element of everything received is read, as the experts would read it, ahead
@@ -155,8 +161,11 @@ def step(
     Without `reads` nothing stands between the exchanges of a pair that does the job, as nothing need between
     bare ones: for kernels of ours, of which XLA leaves out none, read or not. Ids and weights are then those
     of the pair before, behind its result.
+
+    With `between` the rows of a bare pair, too, are read ahead of its way back, by the kernel that stands
+    there in pairs that do the job: like is compared with like.
     """
-    stands_between = exchange.experts is not None
+    stands_between = between or exchange.experts is not None
 
     @jax.jit  # traced and lowered once, not once per pair
     def pair(x, ids, weights, y):
@@ -191,7 +200,9 @@ def step(
         np.testing.assert_array_equal(whole(carry[1]), chosen, what)
         np.testing.assert_array_equal(whole(carry[2]), shares, what)
 
-    name = exchange.name if reads else f"{exchange.name}, nothing between"
+    name = exchange.name
+    if between or not reads:
+        name += ", read between" if between else ", nothing between"
     return clocks.Step(name, spread(mesh, body), carry, (y,), calls, check)
 
 
@@ -209,6 +220,8 @@ def measure(
     calls = options.calls or calls_of(size, platform, options.quick)
     chosen = [*wanted(mesh, size, options), exchanges.nothing(size)]
     steps = [step(mesh, size, exchange, calls) for exchange in chosen]
+    bare = [exchange for exchange in chosen if exchange.name.startswith("bare")]
+    steps += [step(mesh, size, exchange, calls, between=True) for exchange in bare]
     if options.nothing_between and platform == "gpu" and size.mode == "low_latency":
         kernels = ("ours, nvlink_window", "ours, all_to_all", "ours, all_to_all, packed")
         alone = [e for e in chosen if e.name.removesuffix(", gathered") in kernels]

@@ -616,8 +616,42 @@ def _run_layer(
     for (_, call, _), program, row in zip(wanted, programs, rows, strict=True):
         if program is not None:
             continue
+        try:
+            if reason := too_large(call, arrays, row):
+                yield row | {"status": "failed", "reason": reason}
+                continue
+        except Exception as error:  # one provider's failure leaves the others their time
+            yield _measured(row, functools.partial(_raise, error), 0)
+            continue
         [program] = compiled([(call, arrays)], 1)
         yield from rows_of([(program, row)])
+
+
+def _memory_limit() -> int | None:
+    """Bytes that jax may have of the device; None where it does not say."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def too_large(call: Callable[..., Any], arrays: Any, row: dict[str, Any]) -> str:
+    """Why a program does not fit into the device's memory, or ""; the row has what it wants then.
+
+    XLA plans its memory without trying variants, each of which would want as much: then nothing is allocated.
+    """
+    import jax
+
+    limit = _memory_limit()
+    if limit is None:
+        return ""
+    lowered = jax.jit(lambda many: [call(*each) for each in many]).lower([arrays])
+    memory = lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"}).memory_analysis()
+    assert memory is not None
+    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    if size <= limit:
+        return ""
+    row["temp_mib"] = round(memory.temp_size_in_bytes / 2**20)
+    return f"out of memory: {size / 2**30:.1f} GiB are wanted of {limit / 2**30:.1f}"
 
 
 # -- all -----------------------------------------------------------------------------------------------
@@ -629,10 +663,10 @@ def run_case(size: Product | Layer, options: argparse.Namespace) -> Iterator[dic
 
 def line(row: dict[str, Any]) -> str:
     name = f"{row['case']:46} {row['provider']:42} {row.get('passes', '')}"
+    beside = f" {row['temp_mib']} MiB beside" if "temp_mib" in row else ""
     if "us" not in row:
-        return f"{name} {row['status']}: {row['reason']}"
-    text = f"{name} {row['us']:10.1f} us {row['tflops']:7.1f} TFLOP/s"
-    return text + (f" {row['temp_mib']} MiB beside" if "temp_mib" in row else "")
+        return f"{name} {row['status']}: {row['reason']}{beside and ','}{beside}"
+    return f"{name} {row['us']:10.1f} us {row['tflops']:7.1f} TFLOP/s{beside}"
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -4,6 +4,7 @@ The only file that imports them. `absent` says why one cannot run here. Each fun
 of groups, `[m, k]` and `[m, n]`, weights `[E, k, n]`, and the rows of each group, `[E]` int32.
 """
 
+import ast
 import functools
 import importlib
 import importlib.machinery
@@ -61,7 +62,39 @@ def _tokamax() -> Any:
 
         if not hasattr(driver, "TMA_TF32"):
             driver.TMA_TF32 = 11  # type: ignore[attr-defined]
+        _take_tuples_apart()
     return importlib.import_module("tokamax._src.ops.ragged_dot.api")
+
+
+def _take_tuples_apart() -> None:
+    """`a, b = c` of a constexpr tuple, as tokamax' kernels in Triton have it, for Triton before 3.7.
+
+    jax-triton 0.4.1, the first that takes the None that tokamax 0.0.17 passes, asks for Triton 3.7, whose
+    front end has this. Nothing but the assignment changes: the same values get the same names.
+    """
+    import triton
+    import triton.language as tl
+    from triton.compiler import code_generator
+
+    generator: Any = code_generator.CodeGenerator
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        return
+    visit = generator.visit_Assign
+
+    def as_tuple(value: Any) -> Any:
+        return (
+            tl.tuple([*map(as_tuple, value)]) if isinstance(value, tuple) else tl.constexpr(value)
+        )
+
+    def visit_assign(self: Any, node: ast.Assign) -> Any:
+        target = node.targets[0]
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Name):
+            value = self.visit(node.value)
+            if isinstance(value, tl.constexpr) and isinstance(value.value, tuple):
+                return self.assignTarget(target, as_tuple(value.value))
+        return visit(self, node)
+
+    generator.visit_Assign = visit_assign
 
 
 def _tuned(implementation: str) -> dict[str, Any]:

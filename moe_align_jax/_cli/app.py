@@ -25,7 +25,7 @@ app = typer.Typer(
 
 
 def _console() -> Console:
-    """As wide as the terminal; where the output goes to a file, wide enough that no table cuts its columns."""
+    """As wide as the terminal; in a file, wide enough that no table cuts its columns."""
     usual = Console()
     return usual if usual.is_terminal or "COLUMNS" in os.environ else Console(width=160)
 

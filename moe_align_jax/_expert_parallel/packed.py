@@ -27,13 +27,14 @@ _I32 = jnp.int32
 
 
 def pack(problem: Pack, ids: jax.Array, weights: jax.Array, payload: list[jax.Array]) -> jax.Array:
-    """The message `[D, T, W]` of tokens: see `Pack`."""
+    """The message `[T, W]` of tokens: see `Pack`."""
     return _pack_p.bind(*vary_together([ids, weights, *payload]), problem=problem)[0]
 
 
-def unpack(problem: Unpack, received: jax.Array) -> dict[str, jax.Array]:
-    """By name, the outputs of `Unpack` of a message that came."""
-    return dict(zip(problem.outputs, _unpack_p.bind(received, problem=problem), strict=True))
+def unpack(problem: Unpack, rank: jax.Array, received: jax.Array) -> dict[str, jax.Array]:
+    """By name, the outputs of `Unpack` of the messages that came."""
+    found = _unpack_p.bind(*vary_together([rank, received]), problem=problem)
+    return dict(zip(problem.outputs, found, strict=True))
 
 
 def fill_boxes(
@@ -55,45 +56,38 @@ def _pack_by_xla(problem: Pack, ids: jax.Array, weights: jax.Array, *payload: ja
     form = problem.message
     if problem.quantise:
         payload = message.quantize(payload[0])
-    ranks = jnp.arange(form.num_ranks, dtype=_I32)[:, None, None]
-    local = ids[None] - ranks * form.num_local_experts
-    here = (ids >= 0)[None] & (local >= 0) & (local < form.num_local_experts)
     columns = []
-    for field, x in zip(
-        form.fields,
-        (*payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)),
-        strict=True,
-    ):
-        words = _words(x)
-        words = jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, -field.words % 4)])
-        columns.append(jnp.broadcast_to(words, (*here.shape[:2], words.shape[-1])))
-    return [jnp.concatenate(columns, axis=2)]
+    for field, x in zip(form.fields, (*payload, weights, ids), strict=True):
+        columns.append(jnp.pad(_words(x), [(0, 0), (0, -field.words % 4)]))
+    return [jnp.concatenate(columns, axis=1)]
 
 
-def _unpack_by_xla(problem: Unpack, received: jax.Array) -> list[jax.Array]:
+def _unpack_by_xla(problem: Unpack, rank: jax.Array, received: jax.Array) -> list[jax.Array]:
     form = problem.message
-    rows = received.reshape(form.num_rows, form.words)
     *payload, weights, ids = (
-        _from_words(rows[:, start : start + field.words], field)
+        _from_words(received[:, start : start + field.words], field)
         for field, start in zip(form.fields, form.starts[:-1], strict=True)
     )
-    return _boxes_by_xla(problem, payload, weights, ids)
+    return _boxes_by_xla(problem, rank, payload, weights, ids)
 
 
 def _fill_by_xla(problem: Unpack, rank: jax.Array, ids: jax.Array, weights: jax.Array, *given):
     payload = list(message.quantize(given[0]) if problem.quantise else given)
-    count = problem.message.num_local_experts
-    local = ids - rank[0] * count
-    here = (ids >= 0) & (local >= 0) & (local < count)
-    return _boxes_by_xla(
-        problem, payload, jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
-    )
+    return _boxes_by_xla(problem, rank, payload, weights, ids)
 
 
 def _boxes_by_xla(
-    problem: Unpack, payload: list[jax.Array], weights: jax.Array, ids: jax.Array
+    problem: Unpack,
+    rank: jax.Array,
+    payload: list[jax.Array],
+    weights: jax.Array,
+    ids: jax.Array,
 ) -> list[jax.Array]:
-    """Of the rows that came, with local ids."""
+    """Of the rows that came, with global ids."""
+    count = problem.message.num_local_experts
+    local = ids - rank[0] * count
+    here = (ids >= 0) & (local >= 0) & (local < count)
+    weights, ids = jnp.where(here, weights, 0.0), jnp.where(here, local, -1)
     aligned = block_align.moe_align_block_size(
         ids, block_size=1, num_experts=problem.message.num_local_experts, return_inverse=True
     )

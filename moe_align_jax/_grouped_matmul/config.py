@@ -18,6 +18,8 @@ MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each t
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
 _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
+# Gate and up of 256 experts with at most a pair on average, of few columns and a long K: see `RULES`.
+_EXPERTS_OF_HALVES, _MOST_N_OF_HALVES, _LEAST_K_OF_HALVES = 256, 256, 5_000
 _MOST_NARROW = 3 * NUM_SMS  # tiles of 64 columns of gate and up, where each block is one pair
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
 _LEAST_K_OF_WIDE = 1024
@@ -220,6 +222,12 @@ DEFAULT_RULES = Rules()
 #   Mixtral 8x7B, 1 token, 448 tiles: 1 109.6; wide 106.5 (22:39), 1 109.3; wide 114.4 (23:20)
 #   GPT-OSS 120B, 1 token, 180 tiles of 64 of k: 12 stages 35.1, 6 and two CTAs an SM 35.1; wide 42.5 (23:20;
 #   at 23:00 wide 32.6)
+# Wide tiles of blocks of 8 rows, by CTAs of a tile, layers of DeepSeek-V3 TP8, in three processes (at 16
+# tokens weights at two places in each), 2026-11-30, 01:39:
+#   12 tokens: 1 234, 234, 240, 2 216, 216, 217; 16 tokens: 1 278, 263, 263, 263, 278, 279, 2 261, 261, 261,
+#   261, 262, 262; 24 tokens: 1 382, 2 370, 370, 371; 32 tokens: 1 438, 438, 423, 2 414; in another one,
+#   02:13: 48 tokens: 1 507, 2 510; 64: 1 583, 2 575; 384 experts, 16, 32 tokens: 1 298, 496, 2 303, 494
+#   Qwen3-30B-A3B, 16 tokens, 2026-11-29, 22:34: 1 182.5, 2 190.3
 # Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
 # Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
@@ -594,7 +602,10 @@ def config_for(
         if _num_tiles(problem, narrow) <= _MOST_NARROW and problem.k % 64 == 0:
             return _shared(problem, rules, narrow)
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
-        tiles = _shared(problem, rules, Config("swap", bm, 256, 128, 3, group=0, lag=1))
+        tiles = Config("swap", bm, 256, 128, 3, group=0, lag=1)
+        if _takes_halves(problem, rules):
+            return tiles._replace(split=2)
+        tiles = _shared(problem, rules, tiles)
         if tiles.split <= 2:
             return tiles
     if bm < 64 and problem.weights.gated:  # gate and up of 64 columns for each warpgroup
@@ -651,6 +662,16 @@ def _shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
             return tiles._replace(split=split, num_ctas=num_ctas)
     return tiles
+
+
+def _takes_halves(problem: MatmulProblem, rules: Rules) -> bool:
+    """Whether two CTAs share each tile of a gathered product of 8 rows: few and long ones leave many SMs idle
+    in their last turn."""
+    size = problem.num_experts == _EXPERTS_OF_HALVES and problem.n <= _MOST_N_OF_HALVES
+    size = size and problem.k >= _LEAST_K_OF_HALVES and problem.k % (2 * 128) == 0
+    pairs = problem.num_tokens * problem.top_k
+    few = 0 < pairs <= problem.num_experts
+    return rules.split and problem.rows == "blocks" and problem.block_size == 8 and size and few
 
 
 def _narrow(problem: MatmulProblem) -> Config:

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import io
 import json
+import re
 import sys
 import types
 
@@ -89,6 +90,22 @@ def test_a_layer_on_ragged_dot_has_our_gradients():
     assert max(by["lax.ragged_dot", both]["errors"]) < 1e-2
     assert by["lax.ragged_dot", both]["temp_mib"] >= 0
     assert by["tokamax mosaic", both]["status"] == "failed"
+
+
+def test_a_layer_that_does_not_fit_is_a_row_that_says_what_it_wants(monkeypatch):
+    """It is not compiled further, and the others keep their rows."""
+    options = argparse.Namespace(**vars(OPTIONS) | {"only": "default|lax", "passes": "^forward$"})
+    monkeypatch.setattr(bench, "_memory_limit", lambda: 1000)
+    size = bench.Layer("tiny", 32, 2, 4, 16, 8)
+    ours, lax = bench.run_layer(size, options)
+    assert ours["status"] == "ok"
+    assert lax["status"] == "failed" and "us" not in lax
+    operands = sum(a.nbytes for a in bench.layer_arrays(size))
+    wanted, limit = re.fullmatch(r"out of memory: (\S+) GiB .* of (\S+)", lax["reason"]).groups()
+    assert (wanted, limit) == ("0.0", "0.0") and lax["temp_mib"] == 0 and operands > 1000
+    assert bench.line(lax).endswith(f"{lax['reason']}, 0 MiB beside")
+    monkeypatch.setattr(bench, "_memory_limit", lambda: 2**40)
+    assert [row["status"] for row in bench.run_layer(size, options)] == ["ok", "ok"]
 
 
 def test_tuned_tiles_are_those_of_the_nearest_sizes(monkeypatch):

@@ -111,6 +111,42 @@ def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
     assert f"gathered {said[', gathered']};" in text
 
 
+def test_forms_of_the_fallback_are_those_of_the_rows():
+    """The table of sums by XLA and gathered messages."""
+    name, forms = "expert-parallel-x2-fallback-2026-11-30", {}
+    for form, of_rows in (
+        ("gathered, our sums", "gathered"),
+        ("gathered, sums by XLA", "gathered, XLA sums"),
+        ("by all_to_all, our sums", "packed"),
+        ("by all_to_all, sums by XLA", "packed, XLA sums"),
+        ("swapped, our sums", "swapped"),
+        ("swapped, sums by XLA", "swapped, XLA sums"),
+        ("packed, sums by XLA", "same, XLA sums"),
+    ):
+        forms[form, "01:39"] = dict.fromkeys(("8", "64", "128"), of_rows)
+    ours, kernel = "ours, all_to_all", ", sums by a kernel of ours"
+    forms["as chosen now", "01:59"] = dict.fromkeys(("8", "128"), ours)
+    forms["the same, our sums", "01:59"] = dict.fromkeys(("8", "128"), ours + kernel)
+    forms["gathered, sums by XLA", "01:59"] = {"8": ours, "128": f"{ours}, gathered"}
+    forms["packed, sums by XLA", "01:59"] = {"8": f"{ours}, packed", "128": ours}
+    files, count = {"01:39": measured(name), "01:59": measured(f"{name}-b")}, 0
+    for (form, run), of_sizes in forms.items():
+        cells = dict.fromkeys(("8", "64", "128"), "-")
+        for tokens, of_rows in of_sizes.items():
+            of_size = {
+                provider: us
+                for (case, provider, launch, _, way), us in files[run].items()
+                if (case, launch, way) == (f"low_latency {tokens}", "default", "not waiting")
+            }
+            if of_rows not in of_size:
+                continue
+            us, count = of_size[of_rows], count + 1
+            bare = ("bare all_to_all twice", "bare all_gather + psum_scatter")
+            cells[tokens] = f"{us:.1f} ({', '.join(f'{us / of_size[b]:.2f}' for b in bare)})"
+        assert f"| {form} | {run} | {' | '.join(cells.values())} |" in PAGE
+    assert count == 27
+
+
 def test_what_xla_does_for_our_kernels_ahead_of_a_step_is_that_of_its_rows():
     name = "expert-parallel-x2-fallback-timeline-2026-11-29"
     rows, text = rows_of.read([RESULTS / f"{name}.jsonl"]), " ".join(PAGE.split())

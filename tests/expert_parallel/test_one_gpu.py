@@ -27,7 +27,7 @@ def run(problem, *arrays):
         call = lambda ids, weights, *payload: packed.pack(problem, ids, weights, list(payload))  # noqa: E731
         return {"message": np.asarray(jax.jit(call)(*operands))}
     if not problem.gathered:
-        call = lambda came: packed.unpack(problem, came)  # noqa: E731
+        call = lambda rank, came: packed.unpack(problem, rank, came)  # noqa: E731
     else:
         call = lambda *given: packed.fill_boxes(problem, *given[:3], list(given[3:]))  # noqa: E731
     found = jax.jit(call)(*operands)

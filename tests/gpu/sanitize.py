@@ -6,9 +6,10 @@
 One child process per tool makes the calls of sanitizer_cases.py, checks each result with the oracle, and
 names the kernels on a line of its own, so that a report is counted for what it stands under. Exit code 1
 when anything was found. A "-" in the table was not run.
-"jit" is the way through jax; "direct" that of torch_bridge's own launches, with ids of both widths that start
-off a boundary, the peers' forms, a side stream, and vLLM's router and aligned ops. There only our kernels are
-looked at, by their names, and a first child without the sanitizer leaves the compiled programs on disk.
+"jit" is the way through jax, where all tools but initcheck look at our kernels only; "direct" that of
+torch_bridge's own launches, with ids of both widths that start off a boundary, the peers' forms, a side
+stream, and vLLM's router and aligned ops. There only our kernels are looked at, by their names, and a first
+child without the sanitizer leaves the compiled programs on disk.
 "peers" is dispatch and combine by the transports "nvlink", "nvlink_window" and "all_to_all", over two GPUs or
 more; there, too, only our kernels are looked at, as NCCL's take the tools minutes.
 """
@@ -95,8 +96,10 @@ def settings(path: str, tool: str, kernels: list[str]) -> tuple[dict[str, str], 
     # Each buffer its own cudaMalloc, so that one past the end is outside; no CUDA graphs around kernels.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": flags}
-    ours = ["--kernel-regex", "kns=_mosaic_gpu_kernel"] if path == "peers" else []
-    return environment, ["--target-processes", "all", *quiet, *ours]
+    # initcheck must see what XLA's own kernels write.
+    of_ours = path == "peers" or tool != "initcheck"
+    ours = ["--kernel-regex", "kns=_mosaic_gpu_kernel"] if of_ours else []
+    return environment, ["--target-processes", "application-only", *quiet, *ours]
 
 
 def child(path: str, tool: str = "", only: str = "") -> list[str]:

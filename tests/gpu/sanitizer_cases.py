@@ -405,13 +405,19 @@ def weight_gradients(interpret: bool = False) -> None:
 
 def activation_gradient(interpret: bool = False) -> None:
     """The product that ends in the derivative of the activation, and the kernel that follows a product."""
+    import jax
+
     from tests.moe_layer import test_activation_gradient as cases
 
+    def made(*sizes: int, **options: Any) -> tuple[Any, list[np.ndarray]]:
+        with jax.default_device(jax.devices("cpu")[0]):  # not XLA's own kernels under the tool
+            problem, operands = cases.make_case(*sizes, **options)
+            return problem, [np.asarray(x) for x in operands]
+
     for transposed in (False, True):
-        made = cases.make_case(12, 2, 2, 64, 256, transposed=transposed)
-        cases.check(*made, interpret=interpret)
+        cases.check(*made(12, 2, 2, 64, 256, transposed=transposed), interpret=interpret)
     for ffn in (1024, 1536):
-        cases.check_rows(*cases.make_case(12, 2, 2, 64, ffn, block=16), interpret=interpret)
+        cases.check_rows(*made(12, 2, 2, 64, ffn, block=16), interpret=interpret)
 
 
 def expert_layer(implementation: str = "mosaic_gpu") -> None:
@@ -459,6 +465,10 @@ def peers(mode: str, payload: str | None, transport: str) -> None:
 
 # -- all of a path -------------------------------------------------------------------------------------
 
+# initcheck does not see what TMA stores: it reported the results of these, whose values are right, when they
+# were copied to the host, and of "heights" just as many rows as TMA stores (2026-11-30).
+_STORED_BY_TMA = ("matmul, heights", "weight gradients", "activation gradient")
+
 
 def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what to run) of each step of the path "jit" or "peers"."""
@@ -467,6 +477,12 @@ def runs(path: str, tool: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
             name = f"{mode} {payload or ''}".strip() + f" {transport}"
             yield name, functools.partial(peers, mode, payload, transport)
         return
+    for name, run in _under_jit(tool):
+        if tool != "initcheck" or name not in _STORED_BY_TMA:
+            yield name, run
+
+
+def _under_jit(tool: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for case in (*cases(tool), *small_cases()):
         yield case.name, functools.partial(align, case)
     yield "masked_quant", masked_quant

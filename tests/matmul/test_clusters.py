@@ -175,6 +175,29 @@ def test_few_tiles_are_shared(sizes, transposed, splits):
         assert name.endswith(f"-k{split}") if split > 1 else "-k" not in name, form
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "hidden", "ffn", "shared"),
+    [
+        (12, 256, 7168, 256, True),
+        (32, 256, 7168, 256, True),
+        (33, 256, 7168, 256, False),  # more than a pair an expert
+        (16, 128, 7168, 256, False),
+        (16, 256, 7168, 264, False),
+        (16, 256, 4096, 256, False),
+        (16, 256, 7168 + 128, 256, False),  # an odd number of steps
+    ],
+)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_tiles_of_short_blocks_are_shared(tokens, experts, hidden, ffn, shared, transposed):
+    """Gate and up of DeepSeek-V3 under TP8, up to a pair an expert; not the second product."""
+    form = maj.select_moe_implementation(
+        *((tokens, hidden), (experts, hidden, ffn) if transposed else (experts, ffn, hidden)),
+        **{"top_k": 8, "transpose_rhs": transposed, "platform": "cuda"},
+    ).form
+    _, first, second = form.split(", ")
+    assert first.endswith("-k2") == (shared and transposed) and "-k" not in second, form
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("block_size", [1, 40])
 def test_tiles_fit_in_shared_memory(block_size, gated):

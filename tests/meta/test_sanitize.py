@@ -60,6 +60,14 @@ def test_run_that_dies_is_not_clean(monkeypatch, capsys):
     assert capsys.readouterr().out.count("did not finish") == 4
 
 
+def test_only_initcheck_looks_at_kernels_that_are_not_ours():
+    """It must see what they write; the others take long over them."""
+    for tool in sanitize.TOOLS:
+        _, options = sanitize.settings("jit", tool, [])
+        assert ("kns=_mosaic_gpu_kernel" in options) == (tool != "initcheck"), tool
+    assert "kns=_mosaic_gpu_kernel" in sanitize.settings("peers", "initcheck", [])[1]
+
+
 # -- what is run ---------------------------------------------------------------------------------------
 
 
@@ -146,6 +154,13 @@ def test_the_other_kernels_are_right_on_a_cpu(monkeypatch):
     # These run on a GPU alone: their bodies are in tests/matmul and tests/moe_layer.
     assert {"matmul", "matmul, clusters", "expert layer"} <= set(NAMES)
     assert {"weight gradients", "activation gradient"} <= set(NAMES)
+
+
+def test_initcheck_leaves_out_what_it_does_not_see():
+    seen = [name for name, _ in sanitizer_cases.runs("jit", "initcheck")]
+    left_out = [name for name in NAMES if name not in seen]
+    assert left_out == ["matmul, heights", "weight gradients", "activation gradient"]
+    assert [name for name, _ in sanitizer_cases.runs("jit", "memcheck")].count(left_out[0]) == 1
 
 
 def test_peers_need_two_gpus(monkeypatch):

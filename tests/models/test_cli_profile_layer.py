@@ -44,7 +44,7 @@ def test_kernels_of_a_gpu_belong_to_stages(moe_align, tmp_path):
 
 
 def test_a_redirected_table_is_not_cut(monkeypatch, tmp_path):
-    """A file has no width: rich would take 80 characters, and cut each cell that does not fit."""
+    """A file has no width: rich would take 80 characters, and cut the cells that do not fit."""
     monkeypatch.delenv("COLUMNS", raising=False)
     options = ["--model", "qwen3-30b-a3b", "--scale", "64", "--num-tokens", "16", "--repeats", "1"]
     done = CliRunner().invoke(app, ["profile", *options, "--out", str(tmp_path)])
@@ -207,6 +207,8 @@ def test_a_rate_is_that_of_many_calls_after_each_other(monkeypatch):
     """The host pays once for all of them; each call takes what the one before gave."""
     ticks = iter([0.0, 24.0, 100.0, 112.0, 200.0, 236.0, 300.0, 324.0, 400.0, 424.0])
     monkeypatch.setattr(profile_layer.time, "perf_counter", lambda: next(ticks))
+    rests = []
+    monkeypatch.setattr(profile_layer.time, "sleep", rests.append)
     traced, given = [], []
 
     def program(x, y):
@@ -217,3 +219,14 @@ def test_a_rate_is_that_of_many_calls_after_each_other(monkeypatch):
     assert profile_layer._seconds(program, 4, jnp.float32(1), jnp.float32(2)) == 12.0 / 4
     jax.effects_barrier()
     assert len(traced) == 4 and sorted(given) == sorted([1.0, 3.0, 5.0, 7.0] * 6)
+    assert rests == [profile_layer._REST] * 5  # the card's, before each run that is timed
+
+
+def test_a_stage_whose_work_is_done_by_others_has_no_share():
+    """A tenth, all, and three times of the roofline."""
+    rates = profile_layer.Rates(1e12, 1e12)
+    times = {("combine", "forward"): 10.0, ("combine", "backward"): 1.0, ("down", "forward"): 1 / 3}
+    work = dict.fromkeys(times, profile_layer.Work(1e6, 1e3))
+    table = profile_layer._stage_table(times, work, rates)
+    assert [*table.columns[1].cells] == ["forward", "forward", "backward"]
+    assert [*table.columns[-1].cells] == ["elsewhere", "10.0%", "100.0%"]

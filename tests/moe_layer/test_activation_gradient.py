@@ -78,10 +78,15 @@ def check(problem, operands, *, interpret):
     compare(problem, operands, found, of_sums=1e-4)
 
 
+def on_cpu(*arrays):
+    """Copies on the default device, which the caller has made the CPU."""
+    return tuple(jnp.asarray(np.asarray(x)) for x in arrays)
+
+
 def same_bits(found, again, used):
     """In the rows in use."""
     for a, b in zip(found, again, strict=True):
-        assert np.asarray(a[:used]).tobytes() == np.asarray(b[:used]).tobytes()
+        assert np.asarray(a)[:used].tobytes() == np.asarray(b)[:used].tobytes()
 
 
 def check_rows(problem, operands, *, interpret):
@@ -96,11 +101,14 @@ def check_rows(problem, operands, *, interpret):
     last = int(np.flatnonzero(has_pair)[-1]) + 1
     assert last < end < len(has_pair)
     behind = np.arange(len(has_pair)) >= end
-    g = derivative.product(problem.product, "xla", toward, w, None, tuple(where))
-    g = jnp.where(has_pair[:, None], g, jnp.nan).at[end:].set(1)
-    products, scale = products.at[end:].set(1), jnp.where(behind, 1.0, scale)
+    with jax.default_device(jax.devices("cpu")[0]):
+        g = derivative.product(problem.product, "xla", *on_cpu(toward, w), None, on_cpu(*where))
+        g = jnp.where(has_pair[:, None], g, jnp.nan).at[end:].set(1)
+        products = on_cpu(products)[0].at[end:].set(1)
+        scale = np.where(behind, np.float32(1), np.asarray(scale))
+    products, g = np.asarray(products), np.asarray(g)
     run = jax.jit(functools.partial(rows_kernel.run, problem, interpret=interpret))
-    given = (products, g, scale, jnp.array([last], jnp.int32))
+    given = (products, g, scale, np.array([last], np.int32))
     found = run(*given)
     # g is rounded before it is multiplied.
     compare(problem, operands, found, of_sums=5e-3)

@@ -204,6 +204,25 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "routing"), [(12, "uniform"), (16, "dropped"), (32, "hot")])
+def test_two_ctas_for_each_tile_on_a_gpu(tokens, routing):
+    """Against "xla", and of the same bits twice, where two CTAs share each tile of gate and up."""
+    operands, options = make_layer(
+        tokens, 8, 256, 5120, 64, dtype="bfloat16", routing=routing, transpose_rhs=True
+    )
+    shapes = (tokens, 5120), (256, 5120, 64)
+    form = maj.select_moe_implementation(
+        *shapes, top_k=8, transpose_rhs=True, implementation="mosaic_gpu"
+    ).form
+    assert form.split(", ")[:2] == ["blocks of 8", "8x256x128s3swap-g0-k2"]
+    want = maj.fused_moe(*operands, implementation="xla", **options)
+    y = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
+    assert error(y, np.asarray(want, np.float64)) < 5e-3
+    again = maj.fused_moe(*operands, implementation="mosaic_gpu", **options)
+    assert np.asarray(y).tobytes() == np.asarray(again).tobytes()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "experts", "rows"),
     [(60, 8, 48), (500, 8, 144), (1500, 8, 176), (4096, 8, 176), (4600, 9, 192)],

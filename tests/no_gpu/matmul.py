@@ -206,7 +206,10 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
             {"bias": True, "swiglu_limit": 7.0},
         ):
             lie = silu | more | {"transposed": True}
-            yield f"128 of k, {lie}", problem(block=bm, weights=lie, **gather), deep
+            given = problem(block=bm, weights=lie, **gather)
+            yield f"128 of k, {lie}", given, deep
+            if bm == 8:
+                yield f"128 of k in 2, {lie}", given, deep._replace(split=2)
         lie = silu | {"transposed": True}
         yield "128 of k, rows", problem(block=bm, weights=lie, row_weights=True), deep
     given = problem(block=1, weights=silu | {"transposed": True}, **gather)

@@ -1,7 +1,7 @@
-"""The kernel that makes messages of tokens, quantised on the way if asked: a copy for each rank.
+"""The kernel that makes a message of tokens, quantised on the way if asked.
 
-A CTA of one warpgroup takes a token, or a part of its row, reads it once and writes it D times. Nothing is
-atomic, every word is written by one thread.
+A CTA of one warpgroup takes a token, or a part of its row. Nothing is atomic, every word is written by one
+thread.
 """
 
 from types import SimpleNamespace
@@ -16,10 +16,10 @@ from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
 
 def build(problem: Pack) -> Kernel:
-    """The kernel that writes the messages.
+    """The kernel that writes the message.
 
     Takes `problem.inputs`: `topk_ids`, `weights` and `field0`, `field1`, ...; gives `message`.
-    Words of a message that belong to no field are not written.
+    Words that belong to no field are not written.
     """
     message = problem.message
     return Kernel(
@@ -52,7 +52,7 @@ class _Body:
                 self.pack(unit)
 
     def pack(self, unit: Int) -> None:
-        """Writes a unit's part of its token's messages to all ranks; the first part also ids and weights."""
+        """Writes a unit's part of its token's message; the first part also ids and weights."""
         t, r, message, parts = self.t, self.r, self.message, self.problem.parts
         token = unit // parts if parts > 1 else unit
         part = unit - token * parts
@@ -68,20 +68,10 @@ class _Body:
             put(batch, self.load(batch, token), token)
         # mutant: every part of a row writes its ids
         with t.if_(mine & part.eq(0)):
-            count = message.num_local_experts
             weights, ids = message.starts[-3:-1]
-            for rank, row in self.copies(token):
-                local = expert - rank * count
-                here = local.below(count)
-                # mutant: ids are those of rank 0
-                t.store(r.message, row + ids + self.thread, t.select(here, local, -1))
-                # mutant: weights of others' experts are kept
-                t.store(r.message, row + weights + self.thread, t.select(here, weight, 0))
-
-    def copies(self, token: Int):
-        """(rank, first word of the token's message to it)."""
-        for rank in self.t.for_range(0, self.message.num_ranks):
-            yield rank, (rank * self.message.num_tokens + token) * self.message.words
+            t.store(r.message, token * message.words + ids + self.thread, expert)
+            # mutant: a weight is an id
+            t.store(r.message, token * message.words + weights + self.thread, weight)
 
     def load(self, batch: list[Piece], token: Int) -> list[Any]:
         """Loads my moves of a token's row: a value for each piece of the batch."""
@@ -92,15 +82,13 @@ class _Body:
         ]
 
     def copy(self, batch: list[Piece], held: list[Any], token: Int) -> None:
-        """Stores the loaded values of a batch into the token's message to each rank."""
+        """Stores the loaded values of a batch into the token's message."""
         t, message = self.t, self.message
-        for _, row in self.copies(token):
-            for piece, value in zip(batch, held, strict=True):
-                # mutant: a row ends one move late
-                with t.if_(piece.inside):
-                    row_words.store(
-                        t, self.r.message, piece, row + message.starts[piece.field], value
-                    )
+        for piece, value in zip(batch, held, strict=True):
+            # mutant: a row ends one move late
+            with t.if_(piece.inside):
+                start = token * message.words + message.starts[piece.field]
+                row_words.store(t, self.r.message, piece, start, value)
 
     def quantise(self, batch: list[Piece], held: list[Any], token: Int) -> None:
         """16 lanes hold a group of 128 columns, 8 each."""
@@ -108,11 +96,11 @@ class _Body:
         lane = self.thread & (WARP - 1)
         opens = (lane & (GROUP // e4m3.VALUES - 1)).eq(0)
         done = [e4m3.codes(t, value, lane) for value in held]
-        for _, row in self.copies(token):
-            for piece, (codes, scale) in zip(batch, done, strict=True):
-                with t.if_(piece.inside):
-                    t.store2(r.message, row + piece.first // 2, codes)
-                    # mutant: a scale is that of another group
-                    with t.if_(opens):
-                        group = piece.first // (GROUP // 2)
-                        t.store(r.message, row + message.starts[1] + group, scale)
+        row = token * message.words
+        for piece, (codes, scale) in zip(batch, done, strict=True):
+            with t.if_(piece.inside):
+                t.store2(r.message, row + piece.first // 2, codes)
+                # mutant: a scale is that of another group
+                with t.if_(opens):
+                    group = piece.first // (GROUP // 2)
+                    t.store(r.message, row + message.starts[1] + group, scale)

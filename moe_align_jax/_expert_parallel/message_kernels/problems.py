@@ -1,8 +1,8 @@
 """The rows of a low-latency exchange, and what the kernels beside its collective have to do.
 
-A message is rows of W int32 words, `[D, T, W]`: for each rank and token the payload, its scales, the weights
-and the ids, each from a multiple of 16 bytes on. The ids are those of the rank that the copy goes to: local
-ones, -1 (and a weight of 0) for the experts of other ranks. So the receiver need not know its rank.
+A message is rows of W int32 words, `[T, W]`: for each token the payload, its scales, the weights and the ids,
+each from a multiple of 16 bytes on. Every rank gets the messages of all, `[R, W]`, in the order of the ranks,
+and keeps the pairs of its own experts: ids are global.
 
 D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e local experts.
 """
@@ -72,15 +72,14 @@ class Message(NamedTuple):
         """n."""
         return self.num_rows * self.top_k
 
-    @property
-    def array(self) -> Array:
-        """Shape and dtype of a message."""
-        return (self.num_ranks, self.num_tokens, self.words), INT32
+    def array(self, rows: int) -> Array:
+        """Shape and dtype of a message of so many rows."""
+        return (rows, self.words), INT32
 
 
 class Pack(NamedTuple):
-    """Tokens to messages: `topk_ids [T, K]` int32 (an id outside `[0, D * e)` names no expert),
-    `weights [T, K]` float32 and a `[T, c]` array for each field to `message [D, T, W]`.
+    """Tokens to a message: `topk_ids [T, K]` int32, `weights [T, K]` float32 and a `[T, c]` array for each
+    field to `message [T, W]`.
 
     Attributes:
         message: its rows.
@@ -117,15 +116,15 @@ class Pack(NamedTuple):
     @property
     def outputs(self) -> dict[str, Array]:
         """Name, shape and dtype of the result."""
-        return {"message": self.message.array}
+        return {"message": self.message.array(self.message.num_tokens)}
 
 
 class Unpack(NamedTuple):
     """Rows that came to the experts' boxes: row `s * T + t` is token t of rank s.
 
-    They come as `message [D, T, W]`; or, `gathered`, as every rank's tokens: `rank [1]` int32, this one;
-    `topk_ids [R, K]` int32, global (an id of another rank's expert, or of none, is left out); `pair_weights
-    [R, K]` float32; and a `[R, c]` array for each field of the payload.
+    `rank [1]` int32 is this one. They come as `message [R, W]`; or, `gathered`, as `topk_ids [R, K]` int32,
+    `pair_weights [R, K]` float32 and a `[R, c]` array for each field of the payload. Ids are global: one of
+    another rank's expert, or of none, is left out.
 
     Gives `boxes [e, M, c]` of each field of the payload; the `MaskedLayout` of the ids: `masked_m [e]`,
     `tokens_per_expert [e]`, `row_of_pair [R, K]`, `pair_of_row [e, M]`; and `weights` and `ids`, each
@@ -162,14 +161,11 @@ class Unpack(NamedTuple):
     @property
     def inputs(self) -> dict[str, Array]:
         """Name, shape and dtype of each input, in order."""
-        if not self.gathered:
-            return {"message": self.message.array}
         rows, pairs = self.message.num_rows, (self.message.num_rows, self.message.top_k)
-        named: dict[str, Array] = {
-            "rank": ((1,), INT32),
-            "topk_ids": (pairs, INT32),
-            "pair_weights": (pairs, FLOAT32),
-        }
+        named: dict[str, Array] = {"rank": ((1,), INT32)}
+        if not self.gathered:
+            return named | {"message": self.message.array(rows)}
+        named |= {"topk_ids": (pairs, INT32), "pair_weights": (pairs, FLOAT32)}
         for number, field in enumerate(self.given):
             named[f"field{number}"] = ((rows, field.columns), field.dtype)
         return named

@@ -64,9 +64,6 @@ class _Body:
 
     # -- what came
 
-    def begin(self) -> None:
-        """What every thread needs to know, behind the wait for the kernel before."""
-
     def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
         """(array, word) of an id of a row."""
         return self.r.message, row * self.message.words + self.message.starts[-2] + k
@@ -81,18 +78,21 @@ class _Body:
 
     def local(self, expert: Int) -> Int:
         """An id that came as one of this rank, -1 for others."""
-        return expert
+        found = expert - self.first
+        # mutant: an expert of another rank is kept
+        here = found.below(self.message.num_local_experts)
+        return self.t.select(here, found, -1)
 
     def weighed(self, expert: Int, weight: Int) -> Int:
-        """The weight that came with an id."""
-        del expert
-        return weight
+        """The weight of a local id: 0 for -1."""
+        # mutant: the weight of another rank's expert is kept
+        return self.t.select(expert >= 0, weight, 0)
 
     def run(self) -> None:
         """Unpacks the units of my CTA: rows, or parts of rows."""
         t, units = self.t, self.message.num_rows * self.problem.parts
         t.grid_dependency_wait()
-        self.begin()
+        self.first = t.load(self.r.rank, 0) * self.message.num_local_experts
         if units == t.num_ctas:
             self.unpack(self.cta)
         else:
@@ -258,9 +258,6 @@ class _Body:
 class _GatheredBody(_Body):
     """Of every rank's tokens, in separate arrays."""
 
-    def begin(self) -> None:
-        self.first = self.t.load(self.r.rank, 0) * self.message.num_local_experts
-
     def ids(self, row: Int, k: Int) -> tuple[Any, Int]:
         return self.r.topk_ids, row * self.message.top_k + k
 
@@ -269,16 +266,6 @@ class _GatheredBody(_Body):
 
     def field(self, number: int, row: Int) -> tuple[Any, Int]:
         return getattr(self.r, f"field{number}"), row * self.problem.given[number].words
-
-    def local(self, expert: Int) -> Int:
-        found = expert - self.first
-        # mutant: an expert of another rank is kept
-        here = found.below(self.message.num_local_experts)
-        return self.t.select(here, found, -1)
-
-    def weighed(self, expert: Int, weight: Int) -> Int:
-        # mutant: the weight of another rank's expert is kept
-        return self.t.select(expert >= 0, weight, 0)
 
     def put(self, batch: list[Piece], held: list[Any], target: Int) -> None:
         if not self.problem.quantise:

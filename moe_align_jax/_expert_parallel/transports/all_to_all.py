@@ -8,10 +8,14 @@ The way out is an all_to_all of `[D, T, W]` while that is small. As all ranks ge
 all_gather as well, which needs no D copies of them: so large fields go.
 
 A low-latency exchange whose boxes are not cleared takes few launches: one kernel before the way out, which
-quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). Where a rank
-receives few bytes, all of a token's fields are gathered as they are instead, which XLA makes one collective
-of, and one kernel quantises what came. What XLA makes of those steps are some nine small kernels, and
-launching them takes longer than the exchanges.
+quantises and packs, and one behind it, which fills the experts' boxes (`message_kernels`). Every rank
+gathers the messages of all: one call of NCCL, where an all_to_all is 2 D of them. Where a rank receives few
+bytes, all of a token's fields are gathered as they are instead, which XLA makes one collective of, and one
+kernel quantises what came. What XLA makes of those steps are some nine small kernels, and launching them
+takes longer than the exchanges.
+
+The sums of few rows, ahead of the way back, are a fusion of XLA's: to launch it costs the host less than a
+kernel of ours, which XLA prepares and initialises ahead of every step.
 
 Between two ranks the way back is a reduce-scatter where it can be: the sum of two numbers has one order, and
 rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two more, are enough for float32
@@ -33,7 +37,7 @@ from moe_align_jax._expert_parallel.transport import (
 )
 from moe_align_jax._layout.kernels import movable
 
-# Whether low-latency exchanges use our kernels beside the collectives, where they run.
+# Whether low-latency exchanges use our kernels beside the collectives, where they run. But for sums.
 MESSAGE_KERNELS = True
 # Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
 # most MOST_GATHERED_BYTES of their rows so.
@@ -44,6 +48,9 @@ GATHERS: bool | None = None
 # 128. A layer of DeepSeek-V3's decode step (22:31, 23:20): 147.7 and 147.8 with 8 tokens, 209.8 and 204.7
 # with 64.
 MOST_GATHERED_BYTES = 512 << 10
+# Whether XLA makes the kernel of the sums; None: while a rank has at most MOST_SUMMED_BYTES of them.
+SUMS_BY_XLA: bool | None = None
+MOST_SUMMED_BYTES = 4 << 20
 
 
 class AllToAll(Transport):
@@ -82,6 +89,12 @@ class AllToAll(Transport):
         parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)
         return sum_over_ranks(parts, None if in_use is None else plan)
 
+    def sums_by_xla(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
+        if SUMS_BY_XLA is not None:
+            return SUMS_BY_XLA
+        columns = y.size // max(1, y.shape[0])
+        return row_of_pair.shape[0] * columns * y.dtype.itemsize <= MOST_SUMMED_BYTES
+
     def quantises(self, x: jax.Array, payload: str | None) -> bool:
         return MESSAGE_KERNELS and payload == "fp8" and x.dtype == jnp.bfloat16
 
@@ -109,13 +122,13 @@ class AllToAll(Transport):
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         *payload, weights, ids = fields
         pack, unpack, gathered = self._problems(payload, ids, group, rows_per_expert, quantise)
+        rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
         if gathers_all(gathered):
             *payload, weights, ids = self._gather([*payload, weights, ids], group)
-            rank = lax.axis_index(group.axis_name).astype(jnp.int32)[None]
             found = packed.fill_boxes(gathered, rank, ids, weights, payload)
         else:
-            received = self._exchange(packed.pack(pack, ids, weights, payload), group)
-            found = packed.unpack(unpack, received)
+            [received] = self._gather([packed.pack(pack, ids, weights, payload)], group)
+            found = packed.unpack(unpack, rank, received)
         *boxes, masked_m, counts, row_of_pair, pair_of_row, weights, ids = found.values()
         return boxes, [masked_m, counts, row_of_pair, pair_of_row], [weights, ids]
 
