@@ -45,6 +45,10 @@ _GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
 _GROUP_OF_COPIED = 4  # of gate and up whose rows lie in order
 _LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
+# Masked, 6 x 20 rows, us (H200, 2026-11-30, 02:00): 7168 -> 6144, 96 CTAs of three tiles each 68.5, two CTAs
+# an SM of narrow tiles 72.8, of as many each 72.4; 4096 -> 4096, 96 of two 29.2, narrow 31.0, 30.9;
+# 3072 -> 7168, 112 of three 36.7, 132 CTAs 37.5; 2048 -> 4096 16.5 to 17.5 in all of them.
+_MOST_EVEN_TURNS, _LEAST_EVEN_CTAS = 3, 96
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 _TALL_MEAN = 512
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
@@ -83,14 +87,16 @@ class Config(NamedTuple):
             each tile among the blocks around it, and tells the others (found_cut.py).
         paired: the loop over k takes two steps in a turn, where k has an even number of them and the ring an
             even number of stages. Of e4m3.
-        by_expert: of the masked layout, by a list: a group of blocks is one expert's, or a part of it, so
-            that its weights are not read again for blocks of a second group.
+        by_expert: of the masked layout, by a list, or found by the warpgroup that loads: a group of blocks
+            is one expert's, or a part of it, so that its weights are not read again for blocks of a second
+            group.
         heights: of "blocks" that are tiles: the blocks of an expert are cut anew (cut_list.py) into tiles
             whose rows are one of these, which fall from bm on. Swapped tiles; late ones have up to 144 rows.
             Of "ragged" rows, found and late: so are those of a group (found_groups.py).
         exact: with `heights`: the pairs of an expert are shared evenly by its tiles, to 8 rows, and each has
             the least height for its share; otherwise all have that of the largest share.
-        trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest.
+        trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest. Of masked
+            tiles with `skips`: the second warpgroup's rows are not loaded where none of them is in use.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
         mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
@@ -155,7 +161,8 @@ class Config(NamedTuple):
         more += "-trims" if self.trims else ""
         more += "-mixes" if self.mixes else ""
         more += "-peeled" if self.peeled else ""
-        more += f"-{self.num_ctas}" if self.num_ctas > NUM_SMS else ""
+        usual = self.num_ctas == NUM_SMS or self.num_ctas < NUM_SMS and self.split > 1
+        more += "" if usual else f"-{self.num_ctas}"
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
 
 
@@ -339,8 +346,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
-    if tiles.trims and not tiles.heights:
-        return "tiles of one height load all of their rows"
+    if tiles.trims and not tiles.heights and (reason := _no_trims(problem, tiles)):
+        return reason
     if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
         return "of blocks whose tiles find themselves alone a part is mixed with the others"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
@@ -349,9 +356,10 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.paired and tiles.peeled:
         return "two steps ahead of the loop over k would spill registers"
-    listed = problem.rows == "masked" and not (tiles.finds or tiles.ahead)
-    if tiles.by_expert and not (listed and tiles.group):
-        return "groups of one expert's blocks are of the masked layout, by a list of tiles"
+    # By a list, or found: read ahead, by the warpgroup that loads alone.
+    ordered = problem.rows == "masked" and tiles.finds == tiles.ahead
+    if tiles.by_expert and not (ordered and tiles.group):
+        return "groups of one expert's blocks are of the masked layout, listed, or found ahead"
     return None
 
 
@@ -485,6 +493,17 @@ def _no_skips(problem: MatmulProblem, tiles: Config) -> str | None:
     return None
 
 
+def _no_trims(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why a tile of one height loads all of its rows, or None."""
+    if problem.rows != "masked" or problem.top_k or not tiles.skips or tiles.computing != 2:
+        return (
+            "of tiles of one height only masked ones of two warpgroups, which may skip, load a half"
+        )
+    if tiles.sharing > 1 and not tiles.shares_weights:
+        return "CTAs that load rows for each other load all of them"
+    return None
+
+
 def mean_rows(problem: MatmulProblem) -> float:
     """Rows per expert: what the caller expects, or as many as if all are hit alike."""
     if problem.expected_rows:
@@ -591,7 +610,7 @@ def config_for(
         tiles = _e4m3_config(problem, rules, bm)
         most = _FINDS_EXPERTS if tiles.ahead or tiles.form == "swap" else _ALL_FIND_EXPERTS
         few = problem.rows == "masked" and problem.num_experts <= most
-        return tiles._replace(finds=True) if few else tiles
+        return tiles._replace(finds=True) if few else tiles._replace(by_expert=False)
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
     if bm == 8 and problem.in_order and problem.weights.gated and problem.weights.transposed:
         narrow = _narrow(problem)
@@ -752,11 +771,16 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     paired = problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
-        return tall._replace(sharing=2, ahead=True, early=True, peeled=True)
+        tall = tall._replace(sharing=2, ahead=True, early=True, peeled=True)
+        return tall._replace(by_expert=True)  # where they are found
     tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):
         return tiles._replace(group=0, sharing=2, shared="w", early=not masked, paired=paired)
+    # 8 groups of 60 rows, 7168 -> 4096: 3.1% less; in clusters, of 32 groups of 192 rows, as much (H200,
+    # 2026-11-30, 02:14).
+    if masked:
+        return tiles._replace(trims=True)
     # Of an expert's last tile, every other one's second half holds no pair: 5.5% less time (H200, 2026-11-29,
     # 20:27; 2.3% in groups of 8). Where one row of tiles fills all SMs, the next one would read the expert's
     # weights from memory again: groups remain (not timed).
@@ -770,12 +794,16 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
 def _few_rows(problem: MatmulProblem, tiles: Config) -> Config:
     """Swapped tiles of the masked layout.
 
-    Where whole turns of the SMs would leave many of them idle, tiles have 64 columns and one warpgroup that
-    multiplies, and an SM has two CTAs: one stores while the other multiplies.
+    Where CTAs would have two or three tiles, each has as many: fewer CTAs, of which none is the last. Where
+    those would be too few, and whole turns of the SMs leave many of them idle, tiles have 64 columns and one
+    warpgroup that multiplies, and an SM has two CTAs: one stores while the other multiplies.
     """
     tiles = tiles._replace(ahead=True, early=True)
     count = problem.num_experts * -(-problem.n // tiles.bn)
     turns = -(-count // NUM_SMS)
+    even = -(-count // turns)
+    if 1 < turns <= _MOST_EVEN_TURNS and even >= _LEAST_EVEN_CTAS:
+        return tiles._replace(num_ctas=even)
     if turns > 1 and turns * NUM_SMS > _MOST_IDLE * count and tiles.bm <= _NARROW_ROWS:
         return tiles._replace(bn=64, computing=1, stages=8, num_ctas=2 * NUM_SMS)
     return tiles

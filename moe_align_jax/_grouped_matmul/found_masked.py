@@ -2,10 +2,13 @@
 
 Lane i has the i-th of 32 groups: a scan over the lanes tells where each group's tiles begin, and a vote which
 group a tile belongs to. Of more groups, 32 at a time. Each warp finds the same.
+
+With `Config.by_expert` all tiles of a group come before those of the next one, so that its weights are read
+once: what is found is a unit, which is what a cluster has at a time.
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +20,64 @@ from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
 _I32 = jnp.int32
 FOUND = 4  # values of a tile
+FOUND_OF_UNIT = 6
+
+
+class Units(NamedTuple):
+    """What a cluster has at a time: a tile, or two side by side.
+
+    Attributes:
+        groups, max_rows: of the masked layout.
+        bm: rows of a tile.
+        columns: units that a tile of rows makes, or where they are pairs of such tiles, a pair.
+        group: tiles of rows, or pairs, that are done together for each n.
+        pairs: whether a unit is two tiles of rows and an n tile. Of a group's last tile, which may have no
+            other beside it, units are two n tiles, the very last of which there may not be.
+    """
+
+    groups: int
+    max_rows: int
+    bm: int
+    columns: int
+    group: int
+    pairs: bool
+
+
+def units_of(problem: MatmulProblem, config: Config, n_tiles: int) -> Units:
+    """Those of a product with so many n tiles."""
+    pairs = config.shares_weights
+    columns = n_tiles if pairs else -(-n_tiles // max(1, config.sharing))
+    given = problem.num_experts, problem.max_rows, config.bm, columns
+    return Units(*given, config.group or problem.max_rows, pairs)
 
 
 def find(problem: MatmulProblem, config: Config, masked_m: Any, at: jax.Array) -> list[jax.Array]:
     """What `tile_of` says, in the kernel of that problem; `masked_m`: in global memory."""
     from moe_align_jax._simt import mosaic
 
-    machine = Kernel(
+    def compute(t: Simt, r: SimpleNamespace, at: Int) -> tuple[Int, ...]:
+        return tile_of(t, r, problem.num_experts, problem.max_rows, config.bm, at)
+
+    machine = _machine(problem, config)
+    return mosaic.inline_scalars(machine, compute, FOUND, values=(at,), masked_m=masked_m)
+
+
+def find_unit(
+    problem: MatmulProblem, config: Config, n_tiles: int, masked_m: Any, at: jax.Array
+) -> list[jax.Array]:
+    """What `unit_of` says, likewise."""
+    from moe_align_jax._simt import mosaic
+
+    def compute(t: Simt, r: SimpleNamespace, at: Int) -> tuple[Int, ...]:
+        return unit_of(t, r, units_of(problem, config, n_tiles), at)
+
+    machine = _machine(problem, config)
+    return mosaic.inline_scalars(machine, compute, FOUND_OF_UNIT, values=(at,), masked_m=masked_m)
+
+
+def _machine(problem: MatmulProblem, config: Config) -> Kernel:
+    """The product's kernel, for the language."""
+    return Kernel(
         name=f"grouped_matmul_{config.form}",
         body=lambda t, r: None,
         inputs={"masked_m": (problem.num_experts,)},
@@ -31,11 +85,6 @@ def find(problem: MatmulProblem, config: Config, masked_m: Any, at: jax.Array) -
         num_warpgroups=config.computing + 1,
         num_ctas=config.num_ctas,
     )
-
-    def compute(t: Simt, r: SimpleNamespace, at: Int) -> tuple[Int, ...]:
-        return tile_of(t, r, problem.num_experts, problem.max_rows, config.bm, at)
-
-    return mosaic.inline_scalars(machine, compute, FOUND, values=(at,), masked_m=masked_m)
 
 
 def tile_of(
@@ -69,6 +118,89 @@ def tile_of(
         end = t.select(none, end, start + its_rows)
         total = total + t.shfl(through, min(WARP, groups - begin) - 1)
     return group, first, end, total
+
+
+def unit_of(t: Simt, r: SimpleNamespace, units: Units, at: Int) -> tuple[Int, ...]:
+    """(Group, first row, row behind the last in use, n, whether its second tile is the next n) of unit `at`;
+    and units of all groups. Behind the last unit, zeros, and rows that are none."""
+    lane = t.thread_id() % WARP
+    total, group, rows, rest = (t.const(0) for _ in range(4))
+    for begin in range(0, units.groups, WARP):
+        mine = lane + begin
+        inside = mine < units.groups
+        its = t.load(r.masked_m, t.select(inside, mine, 0))
+        its = t.select(inside & (its > 0), its, 0)
+        its = t.select(its < units.max_rows, its, units.max_rows)
+        tiles = (its + (units.bm - 1)) // units.bm
+        count = tiles * units.columns
+        if units.pairs:
+            count = (tiles >> 1) * units.columns + (tiles & 1) * -(-units.columns // 2)
+        through = count
+        distance = 1
+        while distance < min(WARP, units.groups - begin):
+            other = t.shfl_up(through, distance)
+            through = through + t.select(lane >= distance, other, 0)
+            distance *= 2
+        before = total + through - count
+        votes = t.ballot((at >= before) & (at < before + count))
+        none = votes.eq(0)
+        winner = t.select(none, 0, t.highest_bit(votes))
+        its_rows, its_before = t.shfl(its, winner), t.shfl(before, winner)
+        group = t.select(none, group, winner + begin)
+        rows = t.select(none, rows, its_rows)
+        rest = t.select(none, rest, at - its_before)
+        total = total + t.shfl(through, min(WARP, units.groups - begin) - 1)
+    tiles = (rows + (units.bm - 1)) // units.bm
+    along = tiles >> 1 if units.pairs else tiles
+    alone = rest >= along * units.columns
+    place = t.select(alone, 0, rest)
+    turn = place // (units.group * units.columns)
+    first = turn * units.group
+    size = along - first
+    size = t.select(size < units.group, size, units.group)
+    size = t.select(size > 0, size, 1)
+    place = place - turn * (units.group * units.columns)
+    n = place // size
+    row = first + place - n * size
+    if units.pairs:
+        row = t.select(alone, tiles - 1, row * 2)
+        n = t.select(alone, (rest - along * units.columns) * 2, n)
+    start = group * units.max_rows
+    return group, start + row * units.bm, start + rows, n, t.select(alone, 1, 0), total
+
+
+def find_unit_plainly(
+    problem: MatmulProblem, config: Config, n_tiles: int, masked_m: Any, at: jax.Array
+) -> tuple[Any, ...]:
+    """The same for the interpreter: one group after the other."""
+    units = units_of(problem, config, n_tiles)
+    together = 2 if units.pairs else 1
+
+    def step(group, carry):
+        before, *found = carry
+        rows = jnp.clip(masked_m[group], 0, units.max_rows)
+        tiles = lax.div(rows + (units.bm - 1), _I32(units.bm))
+        along, odd = lax.div(tiles, _I32(together)), lax.rem(tiles, _I32(together))
+        whole = along * units.columns
+        count = whole + odd * -(-units.columns // 2)
+        rest = at - before
+        alone = rest >= whole
+        turn = lax.div(rest, _I32(units.group * units.columns))
+        first = turn * units.group
+        size = jnp.clip(along - first, 1, units.group)
+        n = lax.div(rest - first * units.columns, size)
+        row = (first + lax.rem(rest - first * units.columns, size)) * together
+        row = jnp.where(alone, tiles - 1, row)
+        n = jnp.where(alone, (rest - whole) * 2, n)
+        start = group * units.max_rows
+        mine = (rest >= 0) & (rest < count)
+        values = group, start + row * units.bm, start + rows, n, alone.astype(_I32)
+        found = [jnp.where(mine, a, b) for a, b in zip(values, found, strict=True)]
+        return before + count, *found
+
+    zero = _I32(0)
+    total, *unit = lax.fori_loop(0, problem.num_experts, step, (zero,) * FOUND_OF_UNIT)
+    return *unit, total
 
 
 def find_plainly(

@@ -267,6 +267,9 @@ def build(
         n_tiles = shape.n_tiles if pairs else -(-shape.n_tiles // sharing)
         units = lax.div(row_tiles + (sharing - 1), _I32(sharing)) if pairs else row_tiles
         total = units * n_tiles
+        by_unit = config.by_expert and config.finds
+        if by_unit:
+            total = _found_unit(problem, config, shape, refs, _I32(0), interpret)[-1]
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
         def order(i, how=None):
@@ -315,6 +318,9 @@ def build(
                 row, end, n, held = refs.told.hear(i, 4)
                 tile = Tile(end > row, _I32(0), row, end, n, end, held)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
+            if by_unit:
+                unit = _found_unit(problem, config, shape, refs, cta + i * clusters, interpret)
+                return _tile_of_unit(problem, config, shape, unit, rank), _I32(shape.k_steps)
             at, n = order(i)
             known = read(at)
             if not pairs:
@@ -882,6 +888,37 @@ def _found(
     """What `found_masked.tile_of` says of a tile of rows of the masked layout."""
     find = found_masked.find_plainly if interpret else found_masked.find
     return find(problem, config, refs.masked_m, at)
+
+
+def _found_unit(
+    problem: MatmulProblem,
+    config: Config,
+    shape: Shape,
+    refs: _Refs,
+    at: jax.Array,
+    interpret: bool,
+) -> Sequence[Any]:
+    """What `found_masked.unit_of` says of a unit of the masked layout."""
+    find = found_masked.find_unit_plainly if interpret else found_masked.find_unit
+    return find(problem, config, shape.n_tiles, refs.masked_m, at)
+
+
+def _tile_of_unit(
+    problem: MatmulProblem, config: Config, shape: Shape, unit: Sequence[Any], rank: jax.Array
+) -> Tile:
+    """The tile of a unit that this CTA of a cluster has."""
+    expert, row, used, n, alone, _ = unit
+    end, true = (expert + 1) * problem.max_rows, jnp.bool_(True)
+    if not config.shares_weights:
+        n = n * config.sharing + rank if config.sharing > 1 else n
+        return Tile(true, expert, row, end, n, used)
+    apart = alone != 0
+    row = row + jnp.where(apart, 0, rank * config.bm)
+    n = n + jnp.where(apart, rank, 0)
+    there = n < shape.n_tiles
+    n = jnp.minimum(n, shape.n_tiles - 1)
+    more = {"there": there, "busy": true, "together": jnp.logical_not(apart)}
+    return Tile(there, expert, row, end, n, used, **more)
 
 
 def _read(

@@ -153,6 +153,8 @@ class Loader:
         if self.problem.rows == "masked":
             most = _I32(self.problem.max_rows)
             expert = lax.div(tile.row, most)
+            if self.config.trims:
+                return self._some(refs, tile, expert, slot, ks, part, barrier)
             source = refs.x.at[expert, pl.ds(tile.row - expert * most, rows), ks]
         elif self.by_halves:
             return self._halves(refs, tile, slot, ks, part, barrier)
@@ -179,6 +181,26 @@ class Loader:
             refs.x_rows.at[slot, part, pl.ds(0, rows)],
         )
         plgpu.copy_gmem_to_smem(source, target, barrier)
+
+    def _some(
+        self,
+        refs: Any,
+        tile: Any,
+        expert: jax.Array,
+        slot: jax.Array,
+        ks: Any,
+        part: int,
+        barrier: Any,
+    ) -> None:
+        """The same in the masked layout, but for the second warpgroup's rows where none of them is in use."""
+        row, half = tile.row - expert * self.problem.max_rows, self.shape.wm
+
+        def copy(count: int) -> None:
+            source = refs.x.at[expert, pl.ds(row, count), ks]
+            plgpu.copy_gmem_to_smem(source, refs.x_rows.at[slot, part, pl.ds(0, count)], barrier)
+
+        holds = tile.row + half < tile.used
+        lax.cond(holds, lambda: copy(self.config.bm), lambda: copy(half))
 
     def _halves(
         self, refs: Any, tile: Any, slot: jax.Array, ks: Any, part: int, barrier: Any

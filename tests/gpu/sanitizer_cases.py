@@ -348,6 +348,9 @@ def matmul_e4m3() -> None:
         "masked 512, columns, 128x192x128s4m-g4-skips-c2w",
         "masked 512, packed, 192x128x128s4m-g4-w3-skips-c2",
         "masked 200, columns, 16x128x128s6swap-g0-finds",
+        "masked 500, columns, 128x192x128s4m-g2-skips-c2w-early-finds-experts",
+        "masked 500, packed, 192x128x128s4m-g2-w3-skips-c2-early-finds-experts-peeled",
+        "masked 512, columns, 128x192x128s4m-g4-skips-ahead-finds-trims",
     )
     every = test_fp8.on_a_gpu()
     for name in wanted:

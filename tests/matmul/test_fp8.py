@@ -343,28 +343,33 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
         (
             "masked",
             {"expected_rows": 20, "num_experts": 6},
-            "32x64x128s8swap-g0-w1-early-finds-264",
+            "32x128x128s6swap-g0-early-finds-96",  # 192 tiles
         ),
         (
             "masked",
             {"expected_rows": 20, "num_experts": 6, "n": 7168},
-            "32x128x128s6swap-g0-early-finds",
+            "32x128x128s6swap-g0-early-finds-112",  # 336
+        ),
+        (
+            "masked",
+            {"expected_rows": 20, "num_experts": 5},  # 160: too few for every second SM
+            "32x64x128s8swap-g0-w1-early-finds-264",
         ),
         (
             "masked",
             {"expected_rows": 1024, "num_experts": 6},
-            "192x128x128s4m-g8-w3-skips-c2-early-finds-peeled",
+            "192x128x128s4m-g8-w3-skips-c2-early-finds-experts-peeled",
         ),
         (
             "masked",
             {"expected_rows": 1024, "num_experts": 33},
             "192x128x128s4m-g8-w3-skips-c2-early-peeled",
         ),
-        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead-finds"),
+        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead-finds-trims"),
         (
             "masked",
             {"expected_rows": 128, "num_experts": 8},
-            "128x192x128s4m-g8-skips-ahead-finds",
+            "128x192x128s4m-g8-skips-ahead-finds-trims",
         ),
         ("masked", {"expected_rows": 192}, "128x192x128s4m-g0-skips-c2w-ahead-finds-paired"),
         (
@@ -593,6 +598,31 @@ def test_weights_are_shared_by_neighbours_of_one_expert(monkeypatch):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
 
+BY_GROUP = {
+    "weights shared": EARLY._replace(skips=True, finds=True, paired=True, group=2, trims=True),
+    "x shared": TALL._replace(skips=True, finds=True, sharing=2, ahead=True, peeled=True, group=2),
+    "alone": HALVES._replace(finds=True, group=1, trims=True),
+}
+
+
+@pytest.mark.parametrize("name", BY_GROUP)
+def test_masked_tiles_are_taken_group_by_group(name, monkeypatch):
+    """Of three n tiles, or seven halves of two: a group's last tile without another beside it has its n tiles
+    by twos, of which the very last is none. The bits are those of tiles in the usual order, which load halves
+    without a row in use."""
+    counts = np.array([130, 0, 65], np.int32)
+    columns = 448 if name != "alone" else 192
+    x, w, options, want = make_masked(COLUMNS, n=columns, k=128, counts=counts, most=192)
+    run = functools.partial(in_the_interpreter, monkeypatch, maj.masked_grouped_matmul)
+    config = BY_GROUP[name]
+    out = run(config._replace(by_expert=True), x, w, counts, **options)
+    usual = run(config._replace(trims=False), x, w, counts, **options)
+    for e, count in enumerate(counts):
+        rows = out.reshape(3, 192, columns)[e, :count]
+        assert (rows == usual.reshape(3, 192, columns)[e, :count]).all()
+        assert not count or oracle.error(rows, want[e]) < BOUND["bfloat16"]
+
+
 @pytest.mark.parametrize("layout", [COLUMNS, {}], ids=["columns", "rows"])
 def test_halves_of_tiles_without_pairs_are_left_out(layout, monkeypatch):
     """Experts of every number of pairs around a warpgroup's 64 rows, and a block without an expert: the bits
@@ -769,6 +799,11 @@ def on_a_gpu():
         finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), alone, *shared[2:], N, M)
         of_most += [(200, config._replace(finds=True)) for config in finds]
         of_most += [(512, config) for config in shared]
+        of_group = [*shared[1:], alone, TALL._replace(**both)]
+        of_group = [config._replace(finds=True, by_expert=True, group=2) for config in of_group]
+        of_most += [(500, config) for config in of_group]
+        trims = [c._replace(finds=True, trims=True) for c in (*shared[1:3], alone)]
+        of_most += [(512, config) for config in trims]
         for most, config in of_most:
             counts = np.array([most, 0, 3, most // 2], np.int32)
 

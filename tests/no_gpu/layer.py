@@ -70,7 +70,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any]]:
     sizes = {"num_rows": 8192, "block_size": 128, "whole_blocks": True}
     problem = MatmulProblem("test", "blocks", scales=columns, **sizes, **one_step)
     yield "e4m3, one step", DirectMatmul(problem)
-    for most, expected, scales in ((256, 0, columns._replace(pitch=256)), (250, 12, rows)):
+    of_most = columns._replace(pitch=2048)
+    for most, expected, scales in ((2048, 1024, of_most), (256, 0, of_most), (250, 12, rows)):
+        scales = scales if scales is rows else scales._replace(pitch=most)
         sizes = {"num_rows": 32 * most, "max_rows": most, "expected_rows": expected}
         problem = MatmulProblem("test", "masked", scales=scales, **sizes, **given)
         yield f"e4m3, masked {most}", DirectMatmul(problem)

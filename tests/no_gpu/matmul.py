@@ -339,6 +339,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     for mean in (192, 1024):
         given = of_most | {"expected_rows": mean}
         name, problem, tiles = case("masked, paired", scales=columns, **given)
+        yield name, problem, tiles._replace(by_expert=not tiles.by_expert, group=8)
+        if mean == 192:
+            yield name, problem, tiles._replace(trims=not tiles.trims)
         yield name, problem, tiles._replace(paired=True, peeled=False)
         yield name, problem, tiles._replace(paired=False, peeled=True)
     for more in ({"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
