@@ -1,5 +1,7 @@
 """The kernel that copies tokens' rows to those of their pairs, ahead of a product: against loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,66 @@ def test_the_product_of_copied_rows():
     want = reference.grouped_matmul(problem, *operands)
     real = (np.asarray(ids) >= 0) & (np.asarray(ids) < 80)
     assert np.asarray(found)[real].tobytes() == np.asarray(want)[real].tobytes()
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gate and up", "down"])
+def test_rows_of_no_pair_reach_no_row_of_a_pair(gated):
+    """The kernel in the interpreter, where such rows are NaN: those behind an expert's pairs are loaded with
+    a tile, of one height or of several."""
+    aligned = routed(150, 2, 3, 144, dropped=0.3)
+    ids = np.asarray(aligned.sorted_token_ids)
+    real = (ids >= 0) & (ids < 300)
+    assert not real[: np.flatnonzero(real)[-1]].all()
+    problem = problem_of(150, 2, 3, 128, 128, 144, len(ids)).permuted
+    if not gated:
+        problem = problem._replace(weights=Weights(True))
+    several = tiles.Config("swap", 144, 256, 64, 3, group=2, num_ctas=2, exact=True, finds=True)
+    several = several._replace(heights=(144, 136, 128, 120, 104), trims=True, late=True)
+    one = tiles.Config("swap", 144, 256, 64, 3, group=2, num_ctas=2)
+    rng = np.random.default_rng(4)
+    x, w = (
+        jnp.asarray(rng.standard_normal(shape, np.float32), "bfloat16")
+        for shape in ((len(ids), 128), problem.inputs["w"][0])
+    )
+    rows = jnp.where(real[:, None], x, jnp.nan)
+    operands = rows, w, *(aligned[at] for at in range(3))
+    want = reference.grouped_matmul(problem, *operands)
+    want = np.asarray(want)[real].astype(np.float32)
+    assert np.isfinite(want).all() and want.any()
+    for config in (several, one):
+        found = launch.run(problem, *operands, interpret=True, config=config)
+        found = np.asarray(found)[real].astype(np.float32)
+        assert np.abs(found - want).max() < 5e-3 * np.abs(want).max(), config.name
+
+
+def lowered(change, tokens=7000):
+    """How often the copy's kernel is in a program for a GPU: of a layer that `change` has made another."""
+    like = jax.ShapeDtypeStruct
+    x, first = like((tokens, 64), "bfloat16"), like((128, 1536, 64), "bfloat16")
+    last, ids = like((128, 64, 768), "bfloat16"), like((tokens, 8), "int32")
+    weights = like((tokens, 8), "float32")
+    layer = functools.partial(maj.fused_moe, transpose_rhs=True)
+    traced = jax.jit(change(layer)).trace(x, first, last, weights, ids)
+    return traced.lower(lowering_platforms=("cuda",)).as_text().count("spread_rows")
+
+
+def test_which_programs_have_the_copy():
+    """Not those of a derivative, whose weights' gradient reads the rows that XLA gathers."""
+
+    def mean(layer):
+        return lambda *given: jnp.mean(layer(*given).astype(jnp.float32))
+
+    once = lowered(lambda layer: layer)
+    assert once > 0
+    for change in (
+        lambda layer: lambda x, *rest: layer(layer(x, *rest), *rest),
+        lambda layer: lambda x, *rest: jax.lax.map(lambda one: layer(one, *rest), x[None]),
+        lambda layer: functools.partial(layer, num_valid_tokens=5),
+    ):
+        assert lowered(change) == once
+    assert not lowered(lambda layer: jax.grad(mean(layer), argnums=(0, 1, 2)))
+    assert not lowered(lambda layer: jax.grad(jax.checkpoint(mean(layer)), argnums=(0, 1, 2)))
+    assert not lowered(lambda layer: layer, tokens=5000)
 
 
 def test_the_derivative_is_the_same():
