@@ -520,7 +520,8 @@ def select_matmul_implementation(
     if choice == "xla":
         return Selection(choice, "loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
-    return Selection(choice, config.config_for(problem, kind).name, reasons)
+    launched = problem if choice == "emulator" else config.as_multiplied(problem, kind)
+    return Selection(choice, config.config_for(launched, kind).name, reasons)
 
 
 def _run(problem: MatmulProblem, implementation: Any, *operands: jax.Array) -> jax.Array:

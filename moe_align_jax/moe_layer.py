@@ -70,11 +70,12 @@ def fused_moe(
         hidden = act(x[t] @ gate[e] + bias) * (x[t] @ up[e] + bias)
         y[t]   = sum over k of topk_weights[t, k] * (hidden @ down[e] + bias_down[e])
 
-    On a GPU: an alignment of the pairs by expert, a matrix multiplication that gathers the tokens and
-    applies the activation, one back to H columns, and the sum. Products are accumulated in float32; `hidden`
-    and the experts' results are rounded to x's dtype; the sum over k is made in float32, in order, without
-    atomics, and rounded once. With T * K <= E / 4 there is no alignment: each pair is a block of its own, and
-    the second product's kernel may make the sum, of results that are not rounded, in another fixed order.
+    On a GPU: an alignment of the pairs by expert, a matrix multiplication that gathers the tokens (of many
+    rows and columns, that reads a copy `[P, H]` of them) and applies the activation, one back to H columns,
+    and the sum. Products are accumulated in float32; `hidden` and the experts' results are rounded to x's
+    dtype; the sum over k is made in float32, in order, without atomics, and rounded once. With T * K <= E / 4
+    there is no alignment: each pair is a block of its own, and the second product's kernel may make the sum,
+    of results that are not rounded, in another fixed order.
 
     Args:
         x: `[T, H]` bfloat16, float16 or float32. Or (e4m3 values, scales), as for `grouped_matmul`; then the
@@ -509,7 +510,7 @@ def select_moe_implementation(
 
 
 def _selection(problem: LayerProblem, platform: str, implementation: str | None) -> Selection:
-    both = (problem.first, problem.second)
+    both = (problem.first_forward, problem.second)
 
     def unavailable(name: str) -> str | None:
         reasons = [primitive.unavailable(each, name, platform) for each in both]
@@ -523,7 +524,8 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
-    tiles = [config.config_for(each, kind).name for each in both]
+    launched = both if choice == "emulator" else [config.as_multiplied(each, kind) for each in both]
+    tiles = [config.config_for(each, kind).name for each in launched]
     if problem.token_sum and (sums := token_sum_config.config_for(problem.token_sum)):
         tiles[1] = sums.name
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

@@ -729,6 +729,12 @@ def spreads_first(problem: MatmulProblem, gpu_kind: str | None = None) -> bool:
     return wanted and not spread.unsupported(spread.of(problem))
 
 
+def as_multiplied(problem: MatmulProblem, gpu_kind: str | None = None) -> MatmulProblem:
+    """The problem that the product's kernel gets: of rows `[num_rows, k]` where a launch makes them first."""
+    first = spreads_first(problem, gpu_kind) or permutes_first(problem, gpu_kind)
+    return problem.permuted if first else problem
+
+
 def _gathers_first(problem: MatmulProblem, columns: int, rows: int) -> bool:
     """Whether the weights have so many columns (none: never), and a mean expert so many rows."""
     pairs = problem.num_tokens * problem.top_k

@@ -174,9 +174,9 @@ def _differentiable(
     given = floats.cast(problem.dtype)
     with jax.named_scope("gate_up"):
         extras = () if given.bias_gate_up is None else (given.bias_gate_up,)
-        first, rows = problem.first, where.of_matmul
-        if problem.spreads:
-            first, rows = first._replace(inverse=True), (*rows, where.row_of_pair)
+        first, rows = problem.first_forward, where.of_matmul
+        if first.inverse:
+            rows = (*rows, where.row_of_pair)
         operands = (given.x, *given.w_gate_up, *extras, *rows)
         hidden = derivative.run(operands, problem=first, implementation=implementation)
     sums = problem.token_sum
