@@ -9,6 +9,7 @@ import pytest
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import found_masked, kernel
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
+from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax._simt import emulator
 from moe_align_jax._simt.language import Kernel, Program
 
@@ -109,6 +110,28 @@ def test_units_hold_every_tile_once():
                 rows = [min(max(count, 0), 1000) for count in counts]
                 tiles_of = sum(-(-r // config.bm) for r in rows)
                 assert len(seen) == len(set(seen)) == tiles_of * n_tiles
+
+
+@pytest.mark.parametrize("config", [TALL, BROAD], ids=["x shared", "weights shared"])
+@pytest.mark.parametrize("n_tiles", [1, 3, 4])
+def test_both_ctas_of_a_cluster_have_their_tiles(n_tiles, config):
+    """No tile twice: of the n tile behind the last one a CTA that loads its own rows has none."""
+    counts = COUNTS["one"]
+    problem = problem_of(counts, n_tiles * config.bn)
+    shape = shape_of(problem, config)
+    assert shape.n_tiles == n_tiles
+    units = jnp.array([(*unit, 0) for unit in wanted(counts, config, n_tiles)], jnp.int32)
+    seen = []
+    for rank in range(2):
+        tiles_of = [kernel._tile_of_unit(problem, config, shape, unit, rank) for unit in units]
+        valid = [tile for tile in tiles_of if tile.valid]
+        seen += [(int(tile.row), int(tile.n)) for tile in valid if tile.n < n_tiles]
+        for tile in valid:
+            group = int(tile.expert)
+            assert tile.end == 1000 * (group + 1) and tile.row < tile.used <= tile.end
+            assert tile.used == 1000 * group + min(counts[group], 1000)
+    rows = [range(1000 * e, 1000 * e + min(c, 1000), config.bm) for e, c in enumerate(counts)]
+    assert sorted(seen) == [(row, n) for each in rows for row in each for n in range(n_tiles)]
 
 
 def test_tiles_that_cannot_be_in_this_order_are_refused():
