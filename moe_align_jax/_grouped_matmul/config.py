@@ -230,8 +230,8 @@ DEFAULT_RULES = Rules()
 #   at 23:00 wide 32.6)
 # Wide tiles of blocks of 8 rows, by CTAs of a tile, layers of DeepSeek-V3 TP8, in three processes (at 16
 # tokens weights at two places in each), 2026-11-30, 01:39:
-#   12 tokens: 1 234, 234, 240, 2 216, 216, 217; 16 tokens: 1 278, 263, 263, 263, 278, 279, 2 261, 261, 261,
-#   261, 262, 262; 24 tokens: 1 382, 2 370, 370, 371; 32 tokens: 1 438, 438, 423, 2 414; in another one,
+#   12 tokens: 1 234, 234, 240, 2 216, 216, 217; 16 tokens: 1 278, 263, 263, 263, 278, 279, 2 260, 261, 261,
+#   261, 261, 262; 24 tokens: 1 382, 2 370, 370, 371; 32 tokens: 1 438, 438, 423, 2 414, 413, 414; in another,
 #   02:13: 48 tokens: 1 507, 2 510; 64: 1 583, 2 575; 384 experts, 16, 32 tokens: 1 298, 496, 2 303, 494
 #   Qwen3-30B-A3B, 16 tokens, 2026-11-29, 22:34: 1 182.5, 2 190.3
 # Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
