@@ -19,7 +19,7 @@ MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each t
 _SPLITS = {4: (24, 128), 2: (66, NUM_SMS)}
 _LEAST_MEAN, _MOST_MEAN = 128, 270  # rows of a group that two tiles of 144 rows hold
 _LEAST_STEPS = 3  # of k that a CTA takes, where several share a tile
-# Gate and up of 256 experts with at most a pair on average, of few columns and a long K: see `RULES`.
+# Gate and up of 256 experts in blocks of 8 rows, of few columns and a long K: see `RULES`.
 _EXPERTS_OF_HALVES, _MOST_N_OF_HALVES, _LEAST_K_OF_HALVES = 256, 256, 5_000
 _MOST_NARROW = 3 * NUM_SMS  # tiles of 64 columns of gate and up, where each block is one pair
 _GROUPS_AHEAD = 128  # of K, whose scales of two tiles of weights fit into shared memory
@@ -684,9 +684,8 @@ def _takes_halves(problem: MatmulProblem, rules: Rules) -> bool:
     in their last turn."""
     size = problem.num_experts == _EXPERTS_OF_HALVES and problem.n <= _MOST_N_OF_HALVES
     size = size and problem.k >= _LEAST_K_OF_HALVES and problem.k % (2 * 128) == 0
-    pairs = problem.num_tokens * problem.top_k
-    few = 0 < pairs <= problem.num_experts
-    return rules.split and problem.rows == "blocks" and problem.block_size == 8 and size and few
+    short = problem.rows == "blocks" and problem.block_size == 8
+    return rules.split and bool(problem.top_k) and short and size
 
 
 def _narrow(problem: MatmulProblem) -> Config:

@@ -180,7 +180,8 @@ def test_few_tiles_are_shared(sizes, transposed, splits):
     [
         (12, 256, 7168, 256, True),
         (32, 256, 7168, 256, True),
-        (33, 256, 7168, 256, False),  # more than a pair an expert
+        (170, 256, 7168, 256, True),
+        (171, 256, 7168, 256, False),  # blocks of more rows
         (16, 128, 7168, 256, False),
         (16, 256, 7168, 264, False),
         (16, 256, 4096, 256, False),
@@ -189,7 +190,7 @@ def test_few_tiles_are_shared(sizes, transposed, splits):
 )
 @pytest.mark.parametrize("transposed", [True, False])
 def test_tiles_of_short_blocks_are_shared(tokens, experts, hidden, ffn, shared, transposed):
-    """Gate and up of DeepSeek-V3 under TP8, up to a pair an expert; not the second product."""
+    """Gate and up of DeepSeek-V3 under TP8, in blocks of 8 rows; not the second product."""
     form = maj.select_moe_implementation(
         *((tokens, hidden), (experts, hidden, ffn) if transposed else (experts, ffn, hidden)),
         **{"top_k": 8, "transpose_rhs": transposed, "platform": "cuda"},

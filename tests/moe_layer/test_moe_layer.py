@@ -205,7 +205,9 @@ def test_models_sizes_on_a_gpu(tokens, routing):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "routing"), [(12, "uniform"), (16, "dropped"), (32, "hot")])
+@pytest.mark.parametrize(
+    ("tokens", "routing"), [(12, "uniform"), (16, "dropped"), (32, "hot"), (120, "uniform")]
+)
 def test_two_ctas_for_each_tile_on_a_gpu(tokens, routing):
     """Against "xla", and of the same bits twice, where two CTAs share each tile of gate and up."""
     operands, options = make_layer(
@@ -636,7 +638,7 @@ def test_a_gpu_program_has_no_loop_and_no_scatter():
 @pytest.mark.parametrize(
     ("model", "most"),
     [
-        *(((128, 8, 2048, 768), 12), ((8, 2, 4096, 14336), 12), ((256, 8, 7168, 256), 13)),
+        *(((128, 8, 2048, 768), 12), ((8, 2, 4096, 14336), 12), ((256, 8, 7168, 256), 12)),
         *(((32, 4, 2880, 2880), 12), ((16, 2, 4096, 4096), 13), ((128, 4, 2880, 2880), 15)),
     ],
 )
