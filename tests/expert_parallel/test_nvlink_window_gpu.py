@@ -144,6 +144,8 @@ def test_two_programs_take_turns_over_one_window(mesh):  # noqa: F811
 
 def test_loops_rematerialisation_and_gradients(mesh):  # noqa: F811
     given = Tokens(mesh, 9, 3, seed=2, dtype=jnp.float32)
+    # A layer that enlarges x by 15 three times would enlarge what float32 rounds by thousands.
+    given.weights /= 16
 
     def body(transport, x, ids, weights):
         layer = given.layer(mode="low_latency", transport=transport, initialize=False)
