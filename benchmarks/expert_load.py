@@ -185,7 +185,7 @@ def measure(size: Size, scanned: bool, executions: int) -> list[dict[str, Any]]:
                 for i in range(len(chosen)):
                     walls[i].append(run(i, 5 + execution))
                     if on_gpu:
-                        time.sleep(0.002)  # a gap far wider than any between two kernels
+                        time.sleep(traces.REST_S)
         events = traces.gpu_events(traces.load(traces.newest_xplane(folder)))
     spans = traces.spans_in_order(events, executions=1, calls=[1] * (executions * len(chosen)))
     rows = []

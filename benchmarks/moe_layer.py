@@ -10,7 +10,7 @@ jitted program. Before a time is taken, sampled tokens of the first and last lay
 products of torch's.
 
     span   the device's time: of a graph by CUDA events around a replay; of a jitted step from its first
-           kernel to its last one, by the profiler
+           kernel to its last one, by the profiler; replays and steps rest for 2 ms behind each
     wall   the host's time of many steps after each other, of which it waits for the last one, in turns; ours
            with the results of the step before donated, and without
 
@@ -87,7 +87,7 @@ def spans(run: Callable[[], Any], executions: int) -> tuple[list[float], dict[st
         with jax.profiler.trace(folder):
             for _ in range(executions):
                 jax.block_until_ready(run())
-                time.sleep(0.002)
+                time.sleep(traces.REST_S)
         events = traces.gpu_events(traces.load(traces.newest_xplane(folder)))
     found = traces.span_per_call(events, executions=executions, calls=LAYERS)
     each = executions * LAYERS

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 # What Pallas' Mosaic GPU lowering appends to the name of a kernel body.
 OUR_KERNEL = re.compile(r"_mosaic_gpu_kernel")
+# Seconds between executions: far more than between two kernels. A GPU that is given no rest reaches its power
+# limit, and lowers its clock: benchmarks let every provider's executions rest as long.
+REST_S = 0.002
 _DERIVED_LINES = {
     "Framework Name Scope",
     "Framework Ops",
@@ -257,7 +260,7 @@ def record(
             for program, given in zip(programs, arguments, strict=True):
                 for _ in range(executions):
                     jax.block_until_ready(program(given))
-                    time.sleep(0.002)  # a gap far wider than any between two kernels
+                    time.sleep(REST_S)
         profile = load(newest_xplane(folder))
     events, calls = gpu_events(profile), [len(given) for given in arguments]
     if len(programs) == 1:

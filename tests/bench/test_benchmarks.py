@@ -12,6 +12,7 @@ import pytest
 from benchmarks import cases, fetch, peers, report, run, timing
 from benchmarks import rows as rows_of
 from benchmarks.cases import Case, expected, mismatch
+from moe_align_jax._cli import traces
 from moe_align_jax._cli.demo import plain_loop
 from tests import helpers
 
@@ -297,6 +298,33 @@ def test_wall_time_is_per_call():
     timed = timing.time_wall(lambda: time.sleep(0.02), calls=10, repeats=3)
     assert timed.metric == "wall_us" and len(timed.samples_us) == 3
     assert 2000 <= timed.percentile(50) < 20_000
+
+
+def test_replays_rest_as_long_as_executions_under_jit(monkeypatch):
+    """Without a rest a peer's long calls reach the power limit of the GPU, which ours would not."""
+    torch = pytest.importorskip("torch")
+    told = []
+
+    class Graph:
+        def replay(self):
+            told.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("event")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: told.append(seconds))
+    [taken] = timing.time_torch_graphs([(Graph(), 4)], replays=2)
+    assert taken.samples_us == [750.0, 750.0]
+    assert told == ["wait", *["event", "replay", "event", "wait", traces.REST_S] * 2]
 
 
 def test_span_without_a_gpu_is_wall_time_and_says_so():
