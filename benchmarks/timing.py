@@ -64,8 +64,9 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
 
 def time_torch_graphs(graphs: Sequence[tuple[Any, int]], *, replays: int) -> list[Timing]:
     """Times graphs of so many calls each. Of several the replays take turns, each behind one that is not
-    timed: what disturbs the GPU for a few milliseconds costs each a sample, not one of them its median. Behind
-    each the GPU rests as long as behind an execution under jit: without a rest long calls reach its power limit.
+    timed: what disturbs the GPU for a few milliseconds costs each a sample, not one of them its median.
+    Behind each the GPU rests as behind an execution under jit: without a rest long calls reach its power
+    limit.
     """
     import torch
 
