@@ -7,6 +7,7 @@ With `Config.by_expert` all tiles of a group come before those of the next one, 
 once: what is found is a unit, which is what a cluster has at a time.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -87,35 +88,53 @@ def _machine(problem: MatmulProblem, config: Config) -> Kernel:
     )
 
 
+def _vote(
+    t: Simt,
+    r: SimpleNamespace,
+    groups: int,
+    max_rows: int,
+    begin: int,
+    total: Int,
+    at: Int,
+    count: Callable[[Int], Int],
+) -> tuple[Int, ...]:
+    """Which of the groups from `begin` on, one a lane, holds place `at`, where a group has `count` places for
+    its rows, and `total` are before these groups: (whether none does, the group, its rows, places before its
+    first), and how many of these places the lane's group and those before it have."""
+    lane = t.thread_id() % WARP
+    mine = lane + begin
+    inside = mine < groups
+    rows = t.load(r.masked_m, t.select(inside, mine, 0))
+    rows = t.select(inside & (rows > 0), rows, 0)
+    rows = t.select(rows < max_rows, rows, max_rows)
+    places = count(rows)
+    through = places
+    distance = 1
+    while distance < min(WARP, groups - begin):
+        other = t.shfl_up(through, distance)
+        through = through + t.select(lane >= distance, other, 0)
+        distance *= 2
+    before = total + through - places
+    votes = t.ballot((at >= before) & (at < before + places))
+    none = votes.eq(0)
+    winner = t.select(none, 0, t.highest_bit(votes))
+    return none, winner + begin, t.shfl(rows, winner), t.shfl(before, winner), through
+
+
 def tile_of(
     t: Simt, r: SimpleNamespace, groups: int, max_rows: int, bm: int, at: Int
 ) -> tuple[Int, ...]:
     """(Group, first row, row behind the last in use) of tile `at`, of groups of `max_rows` rows that are cut
     into tiles of `bm`; and tiles of all groups. Behind the last tile, zeros."""
-    lane = t.thread_id() % WARP
     total, group, first, end = (t.const(0) for _ in range(4))
     for begin in range(0, groups, WARP):
-        mine = lane + begin
-        inside = mine < groups
-        rows = t.load(r.masked_m, t.select(inside, mine, 0))
-        rows = t.select(inside & (rows > 0), rows, 0)
-        rows = t.select(rows < max_rows, rows, max_rows)
-        tiles = (rows + (bm - 1)) // bm
-        through = tiles
-        distance = 1
-        while distance < min(WARP, groups - begin):
-            other = t.shfl_up(through, distance)
-            through = through + t.select(lane >= distance, other, 0)
-            distance *= 2
-        before = total + through - tiles
-        votes = t.ballot((at >= before) & (at < before + tiles))
-        none = votes.eq(0)
-        winner = t.select(none, 0, t.highest_bit(votes))
-        its_rows, its_before = t.shfl(rows, winner), t.shfl(before, winner)
-        start = (winner + begin) * max_rows
-        group = t.select(none, group, winner + begin)
-        first = t.select(none, first, start + (at - its_before) * bm)
-        end = t.select(none, end, start + its_rows)
+        none, it, rows, before, through = _vote(
+            t, r, groups, max_rows, begin, total, at, lambda rows: (rows + (bm - 1)) // bm
+        )
+        start = it * max_rows
+        group = t.select(none, group, it)
+        first = t.select(none, first, start + (at - before) * bm)
+        end = t.select(none, end, start + rows)
         total = total + t.shfl(through, min(WARP, groups - begin) - 1)
     return group, first, end, total
 
@@ -123,32 +142,21 @@ def tile_of(
 def unit_of(t: Simt, r: SimpleNamespace, units: Units, at: Int) -> tuple[Int, ...]:
     """(Group, first row, row behind the last in use, n, whether its second tile is the next n) of unit `at`;
     and units of all groups. Behind the last unit, zeros, and rows that are none."""
-    lane = t.thread_id() % WARP
+
+    def count(rows: Int) -> Int:
+        tiles = (rows + (units.bm - 1)) // units.bm
+        if units.pairs:
+            return (tiles >> 1) * units.columns + (tiles & 1) * -(-units.columns // 2)
+        return tiles * units.columns
+
     total, group, rows, rest = (t.const(0) for _ in range(4))
     for begin in range(0, units.groups, WARP):
-        mine = lane + begin
-        inside = mine < units.groups
-        its = t.load(r.masked_m, t.select(inside, mine, 0))
-        its = t.select(inside & (its > 0), its, 0)
-        its = t.select(its < units.max_rows, its, units.max_rows)
-        tiles = (its + (units.bm - 1)) // units.bm
-        count = tiles * units.columns
-        if units.pairs:
-            count = (tiles >> 1) * units.columns + (tiles & 1) * -(-units.columns // 2)
-        through = count
-        distance = 1
-        while distance < min(WARP, units.groups - begin):
-            other = t.shfl_up(through, distance)
-            through = through + t.select(lane >= distance, other, 0)
-            distance *= 2
-        before = total + through - count
-        votes = t.ballot((at >= before) & (at < before + count))
-        none = votes.eq(0)
-        winner = t.select(none, 0, t.highest_bit(votes))
-        its_rows, its_before = t.shfl(its, winner), t.shfl(before, winner)
-        group = t.select(none, group, winner + begin)
+        none, it, its_rows, before, through = _vote(
+            t, r, units.groups, units.max_rows, begin, total, at, count
+        )
+        group = t.select(none, group, it)
         rows = t.select(none, rows, its_rows)
-        rest = t.select(none, rest, at - its_before)
+        rest = t.select(none, rest, at - before)
         total = total + t.shfl(through, min(WARP, units.groups - begin) - 1)
     tiles = (rows + (units.bm - 1)) // units.bm
     along = tiles >> 1 if units.pairs else tiles
