@@ -17,6 +17,7 @@ from jax import lax
 
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
+from moe_align_jax._simt.collectives import warp_inclusive_scan
 from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
 
 _I32 = jnp.int32
@@ -108,12 +109,7 @@ def _vote(
     rows = t.select(inside & (rows > 0), rows, 0)
     rows = t.select(rows < max_rows, rows, max_rows)
     places = count(rows)
-    through = places
-    distance = 1
-    while distance < min(WARP, groups - begin):
-        other = t.shfl_up(through, distance)
-        through = through + t.select(lane >= distance, other, 0)
-        distance *= 2
+    through = warp_inclusive_scan(t, places, lane, min(WARP, groups - begin))
     before = total + through - places
     votes = t.ballot((at >= before) & (at < before + places))
     none = votes.eq(0)
