@@ -281,7 +281,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             peers.append(error)
     programs = compiled(cases)
     children.wait_for_turn()
-    rate = moe_layer.read_rate()
+    rate = timing.read_rate()
     for case, peer, program in zip(cases, peers, programs, strict=True):
         head = _head(case, rate)
         measures = (

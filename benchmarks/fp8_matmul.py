@@ -25,7 +25,7 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, children, deep_gemm_peer, grouped_matmul, timing  # noqa: E402
+from benchmarks import case_processes, children, deep_gemm_peer, timing  # noqa: E402
 from benchmarks.grouped_matmul import Size, line  # noqa: E402
 
 _SAMPLED_ROWS = 24
@@ -371,7 +371,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             except Exception as error:  # one that cannot be built leaves the others
                 work.append((provider, error))
     children.wait_for_turn()
-    rate = grouped_matmul.read_rate()
+    rate = timing.read_rate()
     for provider, measure in work:
         yield _row(inputs, provider, measure, rate)
 

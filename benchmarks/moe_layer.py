@@ -20,7 +20,6 @@ that hangs or dies in a case is started again behind it.
 
 import argparse
 import concurrent.futures
-import functools
 import os
 import sys
 import tempfile
@@ -48,7 +47,6 @@ from benchmarks.rows import Writer  # noqa: E402
 
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
-_READ_BYTES = 1 << 30
 _TURNS = 2  # by the host's clock: forth and back
 
 
@@ -94,19 +92,6 @@ def spans(run: Callable[[], Any], executions: int) -> tuple[list[float], dict[st
     parts = {t.name[:60]: round(t.total_us / each, 2) for t in traces.totals(events)[:8]}
     facts = {"kernels": found.kernels_per_call, "parts": parts, "note": found.note}
     return found.us_per_call, facts
-
-
-def read_rate() -> float:
-    """GB/s of a kernel that reads 1 GiB: sums of float32 rows, by torch."""
-    import torch
-
-    shape = (4096, _READ_BYTES // 4 // 4096)
-    many = [torch.zeros(shape, device="cuda") for _ in range(2)]
-    outs = [torch.empty(shape[0], device="cuda") for _ in many]
-    calls: Any = [
-        functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)
-    ]
-    return _READ_BYTES / timing.time_torch_graph(calls, replays=20).percentile(50) / 1e3
 
 
 def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
@@ -356,7 +341,7 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
         except Exception as error:
             peers[case.tokens] = error
     children.wait_for_turn()
-    rate = read_rate()
+    rate = timing.read_rate()
     for case in cases:
         tokens = case.tokens
         floor_us = layer_bytes(model, tokens, case.hit) / rate / 1e3

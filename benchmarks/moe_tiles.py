@@ -168,7 +168,7 @@ def run_case(batch: Batch, options: argparse.Namespace) -> Iterator[dict[str, An
                 made = error
             work.append((variant, made))
     children.wait_for_turn()
-    rate, case = moe_layer.read_rate(), Case(model, tokens, make_sets(model))
+    rate, case = timing.read_rate(), Case(model, tokens, make_sets(model))
     head: dict[str, Any] = {"model": model.name, "tokens": tokens}
     head["floor_us"] = round(layer_bytes(model, tokens, case.hit) / rate / 1e3, 2)
     measured: list[tuple[dict[str, Any], _Steps]] = []

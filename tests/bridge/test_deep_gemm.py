@@ -355,9 +355,10 @@ def test_bfloat16_masked(device):
 def test_nothing_to_multiply():
     rng = np.random.default_rng(6)
     (values, scales), _ = make_a(rng, "row-major", 128)
-    d = torch.empty(0, N, dtype=torch.bfloat16)
-    empty = (values[:0], scales[:0]), make_b(rng)[0], d, torch.empty(0, dtype=torch.int32)
+    behind = torch.full((1, N), 7, dtype=torch.bfloat16)
+    empty = (values[:0], scales[:0]), make_b(rng)[0], behind[:0], torch.empty(0, dtype=torch.int32)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*empty)
+    assert (behind == 7).all()
 
 
 def test_tracers_see_an_operator_that_mutates_d_alone():
