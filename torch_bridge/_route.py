@@ -280,5 +280,4 @@ def write_order(order: torch.Tensor) -> None:
     order.copy_(turn.view(top_k, num_tokens).t())
 
 
-_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
-_ops.register(_library, _OPERATOR, _SCHEMA, _ops.both(_operator), lambda *arguments: None)
+_ops.register(_OPERATOR, _SCHEMA, _ops.both(_operator))

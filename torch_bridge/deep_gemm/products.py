@@ -640,5 +640,4 @@ def _by_jax(call: _Call) -> None:
             dlpack_call.kept_memory.keep_until_read([view])
 
 
-_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
-_ops.register(_library, _OPERATOR, _SCHEMA, _ops.both(_operator), lambda *arguments: None)
+_ops.register(_OPERATOR, _SCHEMA, _ops.both(_operator))
