@@ -278,19 +278,21 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
     },
-    "moe_align_jax._grouped_matmul.found_cut": {
+    "moe_align_jax._grouped_matmul.found_inline": {
         "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._simt.language",
     },
+    "moe_align_jax._grouped_matmul.found_cut": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._simt.language",
+    },
     "moe_align_jax._grouped_matmul.found_masked": {
-        "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
     },
     "moe_align_jax._grouped_matmul.found_groups": {
-        "lazily moe_align_jax._simt.mosaic",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
