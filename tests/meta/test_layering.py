@@ -643,6 +643,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._simt.mosaic_machine",
         "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax.experimental.mosaic": {
@@ -653,6 +654,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._simt.mosaic_machine",
         "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax.experimental.pallas": {
@@ -691,6 +693,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._masked_quant.quotient",
         "moe_align_jax._simt.mlir",
         "moe_align_jax._simt.mosaic",
+        "moe_align_jax._simt.mosaic_machine",
         "moe_align_jax._grouped_matmul.inline_sums",
     },
     "jax._src": set(),
