@@ -339,7 +339,15 @@ class ExpertDistributionRecorder:
             self._disable(-1)
 
     def on_select_experts(self, topk_ids: Any) -> None:
-        """Counts the ids `[num_tokens, top_k]` of the current layer, outside `jit`; -1 is no expert."""
+        """Counts the experts of the current layer's tokens, outside `jit`.
+
+        Args:
+            topk_ids: `[num_tokens, top_k]` integers; -1 is no expert.
+
+        Raises:
+            TypeError: topk_ids are no integers, or are traced.
+            RuntimeError: no pass or no layer is in progress.
+        """
         if self._active:
             layout = self._state.layout
             counts = None
