@@ -1,4 +1,4 @@
-"""What launches beside the alignment share: a problem's program, known calls, memory on the boundary."""
+"""What ops of a single launch share, the alignment aside: a program, known calls, memory on the boundary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
