@@ -28,6 +28,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import case_processes, children, deep_gemm_peer, timing, training_peers  # noqa: E402
+from benchmarks.rows import failed  # noqa: E402
 
 _SAMPLED_ROWS = 24
 _BOUND = 1e-2
@@ -460,8 +461,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
         row |= {"experts_hit": inputs.hit, "read_gbps": round(rate, 1)}
         row |= {"rows_in_use": int(inputs.counts.sum()), "rounds": options.rounds}
         if isinstance(found, Exception):
-            reason = f"{type(found).__name__}: {found}"[:400]
-            yield row | {"status": "failed", "reason": reason}
+            yield row | failed(found)
         else:
             yield row | _figures(inputs, found, rate)
 

@@ -43,7 +43,7 @@ from benchmarks.moe_cases import (  # noqa: E402
     layer_bytes,
     make_sets,
 )
-from benchmarks.rows import Writer  # noqa: E402
+from benchmarks.rows import Writer, failed, statistics_of  # noqa: E402
 
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
@@ -92,11 +92,6 @@ def spans(run: Callable[[], Any], executions: int) -> tuple[list[float], dict[st
     parts = {t.name[:60]: round(t.total_us / each, 2) for t in traces.totals(events)[:8]}
     facts = {"kernels": found.kernels_per_call, "parts": parts, "note": found.note}
     return found.us_per_call, facts
-
-
-def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
-    low, middle, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
-    return {"us": middle, "p20_us": low, "p80_us": high, "samples": len(samples)}
 
 
 # -- providers -----------------------------------------------------------------------------------------
@@ -292,18 +287,14 @@ def measured_in_turns(
                 else:
                     yield head | more
         except Exception as error:  # one provider's failure leaves the others their time
-            yield head | _failed(error)
+            yield head | failed(error)
     for i, taken in timing.in_turns([each.time for _, each in walls], _TURNS):
         head, each = walls[i]
         row = head | {"clock": "wall", "way": each.way}
         if isinstance(taken, Exception):
-            yield row | _failed(taken)
+            yield row | failed(taken)
         else:
             yield row | statistics_of(taken.samples_us)
-
-
-def _failed(error: Exception) -> dict[str, Any]:
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:600]}
 
 
 # -- a child per model ---------------------------------------------------------------------------------
