@@ -283,7 +283,10 @@ class ExpertDistributionRecorder:
         """
         function, current = "with_forward_pass", self._current
         if current.in_pass:
-            raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
+            raise RuntimeError(
+                f"{function}: passes must not nest; got one inside another. "
+                "Leave with_forward_pass before the next pass."
+            )
         if forward_pass_id is not None:
             try:
                 forward_pass_id = checks.index(forward_pass_id)

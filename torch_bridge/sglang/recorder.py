@@ -316,7 +316,10 @@ class _Recorder(ExpertDistributionRecorder):
         with self._lock:
             self._own(function)
             if self._thread is not None:
-                raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
+                raise RuntimeError(
+                    f"{function}: passes must not nest; got one inside another. "
+                    "Leave with_forward_pass before the next pass."
+                )
             self._thread = threading.get_ident()
         try:
             with self._lock:
@@ -388,7 +391,8 @@ class _Recorder(ExpertDistributionRecorder):
         self._captured |= capturing
         if self._layer is None:
             raise RuntimeError(
-                "ExpertDistributionRecorder: a hook must be called in with_current_layer; got no layer."
+                "ExpertDistributionRecorder: a hook must be called in with_current_layer; got no layer. "
+                "It says which layer to write."
             )
         return True
 
