@@ -261,7 +261,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.sharding",
     },
     "moe_align_jax._grouped_matmul.choice": {
-        "moe_align_jax._grouped_matmul.primitive",
+        "moe_align_jax._grouped_matmul.config",
         "moe_align_jax._grouped_matmul.problem",
         "moe_align_jax._lowering.select",
     },
