@@ -45,6 +45,7 @@ from moe_align_jax._grouped_matmul.shape import Shape, has_scale_rows, shape_of
 from moe_align_jax._lowering.launch_value import launch_value
 
 _I32, _F32 = jnp.int32, jnp.float32
+_MASKS = ("masked",)
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it; by how many
 # warpgroups multiply.
@@ -271,6 +272,8 @@ def build(
         if by_unit:
             total = _found_unit(problem, config, shape, refs, _I32(0), interpret)[-1]
         mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
+        if by_unit:
+            mine = found_masked.units_for(total, cta, clusters)
 
         def order(i, how=None):
             """(Tile of rows, n tile) of the i-th tile of this CTA."""
@@ -319,7 +322,8 @@ def build(
                 tile = Tile(end > row, _I32(0), row, end, n, end, held)
                 return tile, jnp.where(tile.valid, _I32(shape.k_steps), 0)
             if by_unit:
-                unit = _found_unit(problem, config, shape, refs, cta + i * clusters, interpret)
+                at = found_masked.unit_in_turn(i, cta, clusters)
+                unit = _found_unit(problem, config, shape, refs, at, interpret)
                 return _tile_of_unit(problem, config, shape, unit, rank), _I32(shape.k_steps)
             at, n = order(i)
             known = read(at)
@@ -645,6 +649,9 @@ def build(
                 for lag in range(config.lag, 0, -1):
                     pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
 
+            # One instruction in place of five, of about 50 for a step: masked products of 6 x 1024 rows took
+            # 0.8% less, and of 32 x 192 rows 0.1 to 0.7% (H200, 2026-11-30, 05:00 and 05:11).
+            masks = problem.rows in _MASKS and config.ahead and not stages & (stages - 1)
             how = None
             if config.mixes:
                 how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
@@ -682,7 +689,7 @@ def build(
 
                 def step(k, _=()):
                     at = ring + k
-                    slot = slot_of(at)
+                    slot = at & (stages - 1) if masks else slot_of(at)
                     plgpu.barrier_wait(empty.at[slot])
                     of_row = k if first is None else first + k
                     loader.load(refs, tile, rows, slot, of_row, full.at[slot])

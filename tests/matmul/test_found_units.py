@@ -78,6 +78,23 @@ def test_units_are_found_in_order(name, group, n_tiles, config):
         assert not units or tuple(plain[:-1]) == units[at]
 
 
+def test_clusters_have_every_unit_once():
+    """Each has as many as any other, or one more, and not the same place among the clusters every time."""
+    for clusters in (1, 2, 66):
+        for total in (0, 1, 65, 66, 67, 144, 864):
+            seen, places = [], set()
+            for cluster in range(clusters):
+                count = int(found_masked.units_for(jnp.int32(total), jnp.int32(cluster), clusters))
+                assert total // clusters <= count <= -(-total // clusters)
+                at = np.arange(count, dtype=np.int32)
+                mine = [*map(int, found_masked.unit_in_turn(at, np.int32(cluster), clusters))]
+                assert mine == sorted(mine)
+                seen += mine
+                places |= {at % clusters % 6 for at in mine} if cluster == 5 else set()
+            assert sorted(seen) == [*range(total)]
+            assert total < 864 or clusters < 66 or len(places) == 6
+
+
 def test_units_hold_every_tile_once():
     """The order of `wanted` is made of loops of its own: that it has each (row, n) once is counted here."""
     for config in (TALL, BROAD):
