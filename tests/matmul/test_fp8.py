@@ -377,7 +377,23 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             {"expected_rows": 1024, "num_experts": 33},
             "192x128x128s4m-g8-w3-skips-c2-early-peeled",
         ),
-        ("masked", {"expected_rows": 60}, "128x192x128s4m-g8-skips-ahead-finds-trims"),
+        ("masked", {"expected_rows": 22}, "32x128x128s6swap-g0-early-finds"),
+        ("masked", {"expected_rows": 32}, "48x128x128s6swap-g0-early-finds-128"),
+        ("masked", {"expected_rows": 60, "num_experts": 8}, "80x128x128s6swap-g0-early-finds-128"),
+        (
+            "masked",
+            {"expected_rows": 60, "num_experts": 8, "n": 7168, "k": 2048},
+            "80x128x128s6swap-g0-early-finds-112",  # 448 tiles
+        ),
+        ("masked", {"expected_rows": 60, "max_rows": 64}, "64x128x128s6swap-g0-early-finds-128"),
+        ("masked", {"expected_rows": 80, "num_experts": 33}, "112x128x128s6swap-g0-early"),
+        ("masked", {"expected_rows": 100, "num_experts": 6}, "128x128x128s5swap-g0-early-finds-96"),
+        (
+            "masked",
+            {"expected_rows": 60, "out_dtype": "float32"},
+            "128x192x128s4m-g8-skips-ahead-finds-trims",
+        ),
+        ("masked", {"expected_rows": 101}, "128x192x128s4m-g8-skips-ahead-finds-trims"),
         (
             "masked",
             {"expected_rows": 128, "num_experts": 8},
@@ -635,6 +651,18 @@ def test_masked_tiles_are_taken_group_by_group(name, monkeypatch):
         assert not count or oracle.error(rows, want[e]) < BOUND["bfloat16"]
 
 
+@pytest.mark.parametrize("bm", [48, 112])
+def test_swapped_masked_tiles_of_many_rows(bm, monkeypatch):
+    """Groups of as many rows as a tile, of one more, of few, and of none; 112 rows are stored by halves."""
+    counts = np.array([bm, 0, bm + 1, 3], np.int32)
+    x, w, options, want = make_masked(COLUMNS, n=448, k=256, counts=counts, most=256)
+    config = SWAP._replace(bm=bm, ahead=True, early=True, finds=True)
+    given = x, w, counts
+    out = in_the_interpreter(monkeypatch, maj.masked_grouped_matmul, config, *given, **options)
+    for rows, count, expected in zip(out.reshape(4, 256, 448), counts, want, strict=True):
+        assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
 @pytest.mark.parametrize("layout", [COLUMNS, {}], ids=["columns", "rows"])
 def test_halves_of_tiles_without_pairs_are_left_out(layout, monkeypatch):
     """Experts of every number of pairs around a warpgroup's 64 rows, and a block without an expert: the bits
@@ -816,6 +844,9 @@ def on_a_gpu():
         of_most += [(500, config) for config in of_group]
         trims = [c._replace(finds=True, trims=True) for c in (*shared[1:3], alone)]
         of_most += [(512, config) for config in trims]
+        swapped = SWAP._replace(ahead=True, early=True, finds=True)
+        of_most += [(200, swapped._replace(bm=bm)) for bm in (48, 80, 112)]
+        of_most.append((200, swapped._replace(bm=128, stages=5)))
         for most, config in of_most:
             counts = np.array([most, 0, 3, most // 2], np.int32)
 

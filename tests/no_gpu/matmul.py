@@ -344,6 +344,10 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
             yield name, problem, tiles._replace(trims=not tiles.trims)
         yield name, problem, tiles._replace(paired=True, peeled=False)
         yield name, problem, tiles._replace(paired=False, peeled=True)
+    for mean in (32, 60, 80, 100):  # swapped tiles of 48 to 128 rows
+        for scales in (columns, rows, packed, single):
+            given = of_most | {"expected_rows": mean, "num_experts": 8, "k": 7168}
+            yield case("masked, swapped", scales=scales, **given)
     for more in ({"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
         yield case(f"weights shared, {more}", **more, **many_rows)
     for block in (8, 32, 40):
