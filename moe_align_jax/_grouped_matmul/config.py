@@ -51,7 +51,7 @@ _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
 _MOST_EVEN_TURNS, _LEAST_EVEN_CTAS = 3, 96
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 # Means of masked rows, told by the caller, of which a swapped tile holds a third more. In us (H200,
-# 2026-11-30, 05:00, 7168 -> 4096), before, swapped, DeepGEMM: 8 groups, 40 rows 62.3, 56 rows 61.1, 64 rows
+# 2026-11-30, 04:57, 7168 -> 4096), before, swapped, DeepGEMM: 8 groups, 40 rows 62.3, 56 rows 61.1, 64 rows
 # 62.3, 72.3; 60 rows 79.8, 80 rows 63.5, 96 rows 65.2, 78.2; 80 rows 83.8, 112 rows 66.8, 128 rows 74.7, 79;
 # 100 rows 84.8, 128 rows 74.6, 77.1; 32 groups, 32 rows 246.5, 40 rows 237.1, 48 rows 228.7, 243.2; 60 rows
 # 266, 80 rows 236.7, 96 rows 241.6, 261.7; 2048 -> 7168, 8 groups, 60 rows 43.0, 80 rows 36.3, 96 rows 37.6,

@@ -650,7 +650,7 @@ def build(
                     pl.when(ring - lag >= said)(lambda lag=lag: arrived(ring, lag))
 
             # One instruction in place of five, of about 50 for a step: masked products of 6 x 1024 rows took
-            # 0.8% less, and of 32 x 192 rows 0.1 to 0.7% (H200, 2026-11-30, 05:00 and 05:11).
+            # 0.8% less, and of 32 x 192 rows 0.1 to 0.7% (H200, 2026-11-30, 04:57 and 05:09).
             masks = problem.rows in _MASKS and config.ahead and not stages & (stages - 1)
             how = None
             if config.mixes:
