@@ -390,6 +390,15 @@ def test_few_tokens_are_gathered_and_more_are_packed(monkeypatch, ranks, payload
         assert ("moe_pack" in text, gathers) == ((True, 1) if tokens > last else (False, 3))
 
 
+@pytest.mark.parametrize(("ranks", "last"), [(2, 73), (4, 36), (8, 18)])
+def test_xla_makes_the_sums_of_few_tokens(ranks, last):
+    """Of DeepSeek-V3's rows: `ranks * tokens * 14336` bytes, of which 2 MiB are few."""
+    made = [
+        exchanges.sums_by_xla(exchanges.Size("low_latency", t), ranks) for t in (1, last, last + 1)
+    ]
+    assert made == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("tokens", "top_k", "filling"),
     [(8, 8, 112), (36, 8, 504), (64, 8, 512), (128, 8, 512), (64, 16, 128), (256, 8, 512)],
