@@ -45,7 +45,10 @@ def refuse(
 
 def describe(value: object) -> str:
     """`dtype [shape]` of an array, otherwise the type and value."""
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    try:
+        dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    except Exception:  # PyTorch's nested tensors have no shape, and say so
+        return f"a {type(value).__name__}"
     # np.float32 itself, a class, has both: they describe its numbers.
     if dtype is not None and shape is not None and not isinstance(value, type):
         masked = "masked " if isinstance(value, np.ma.MaskedArray) else ""

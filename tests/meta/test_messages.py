@@ -307,9 +307,20 @@ class Nameless:
         raise RuntimeError
 
 
+class Shapeless:
+    """As a nested tensor of PyTorch."""
+
+    dtype = torch.float32
+
+    @property
+    def shape(self):
+        raise RuntimeError
+
+
 def test_a_value_that_cannot_be_written_is_named_by_its_type():
     refuses(lambda: _align(block_size=[LONGEST]), "block_size", TypeError, "got a list. ")
     refuses(lambda: _align(block_size=Nameless()), "block_size", TypeError, "got a Nameless. ")
+    refuses(lambda: _align(block_size=Shapeless()), "block_size", TypeError, "got a Shapeless. ")
     refuses(lambda: _sharded(mesh=""), "mesh", TypeError, "got ''. ")
     dtype = "preferred_element_type"
     refuses(lambda: _layer(preferred_element_type=Nameless()), dtype, TypeError, "got a Nameless. ")
