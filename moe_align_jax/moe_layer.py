@@ -18,7 +18,7 @@ from moe_align_jax._align.arguments import (
     narrow_count,
     narrow_map,
 )
-from moe_align_jax._align.location import alignment_tables
+from moe_align_jax._align.location import tables_of_layer
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
@@ -280,19 +280,12 @@ def _num_slots(function: str, experts: int, expert_map: Any) -> int:
 
 def _check_location(function: str, location: Any, slots: int) -> None:
     """That it is of one layer and one GPU, with the slots that the weights (or the map) are of."""
-    if not isinstance(location, ExpertLocation):
-        rule, remedy = "be an ExpertLocation", "Make one."
-        checks.refuse(TypeError, function, "expert_location", rule, location, remedy)
-    if location.num_layers is not None:
-        rule, got = "be of one layer", f"one of {location.num_layers} layers"
-        remedy = "Pass expert_location.layer(i)."
-        checks.refuse(ValueError, function, "expert_location", rule, got, remedy)
-    if location.num_physical_experts != slots:
+    found = getattr(location, "num_physical_experts", slots)
+    if found != slots:
         rule = f"have {slots} physical experts, as the weights (or expert_map) have"
         remedy = "Ids are logical, but it is slots that have weights."
-        got = location.num_physical_experts
-        checks.refuse(ValueError, function, "expert_location", rule, got, remedy)
-    alignment_tables(function, location, None, slots, 0)
+        checks.refuse(ValueError, function, "expert_location", rule, found, remedy)
+    tables_of_layer(function, location, slots)
 
 
 def _num_valid_pairs(function: str, tokens: Any, num_tokens: Any, top_k: int) -> Any:
