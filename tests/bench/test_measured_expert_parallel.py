@@ -453,12 +453,13 @@ def test_readme_says_what_the_rows_say():
     plain = min("all_to_all", "all_gather + psum_scatter", key=lambda kind: found[
         CASES[1], f"plain job, {kind}, sorted", "default", "wall", "donated"])  # fmt: skip
     others = pair(f"plain job, {plain}, sorted")
-    said = f"| {pair('ours, nvlink_window')} | bare all_to_all {pair('bare all_to_all twice')}, "
-    assert f"{said}collectives {others} |" in text
-    assert "wall clock on two, 8 / 128 tokens each, the state donated, 2026-11-29" in text
+    ours, bare = pair("ours, nvlink_window"), pair("bare all_to_all twice")
+    said = f"8 / 128 tokens a GPU | wall, 2026-11-29 | {ours} | two bare all_to_all {bare}, "
+    assert f"{said}plain collectives {others} |" in text
+    assert '"wall": wall clock of steps after each other, the state donated.' in text
     quiet = measured(f"{TIMED_PAIRS}-b")
     ours, bare = (
         " / ".join(f"{quiet[case, name, 'default', 'wall', 'donated']:.0f}" for case in CASES)
         for name in ("ours, nvlink_window", "bare all_to_all twice")
     )
-    assert f"at 16:41: {ours}, bare all_to_all {bare})." in text
+    assert f"(16:41) ours took {ours}, two bare all_to_all {bare}." in text

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import moe_align_jax as maj
 from benchmarks import exchanges
 from moe_align_jax import expert_parallel
+from moe_align_jax._expert_parallel import packed
 from moe_align_jax._expert_parallel.transport import Group, sum_over_ranks
 from moe_align_jax._expert_parallel.transports import all_to_all
 from moe_align_jax._simt import emulator
@@ -387,6 +388,28 @@ def test_few_tokens_are_gathered_and_more_are_packed(monkeypatch, ranks, payload
         text = step.lower(lowering_platforms=("cuda",)).as_text()
         gathers = len(re.findall(r"stablehlo\.all_gather\b", text))
         assert ("moe_pack" in text, gathers) == ((True, 1) if tokens > last else (False, 3))
+
+
+@pytest.mark.parametrize(("ranks", "last"), [(2, 73), (4, 36), (8, 18)])
+def test_xla_makes_the_sums_of_few_tokens(ranks, last):
+    """Of DeepSeek-V3's rows: `ranks * tokens * 14336` bytes, of which 2 MiB are few."""
+    made = [
+        exchanges.sums_by_xla(exchanges.Size("low_latency", t), ranks) for t in (1, last, last + 1)
+    ]
+    assert made == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "filling"),
+    [(8, 8, 112), (36, 8, 504), (64, 8, 512), (128, 8, 512), (64, 16, 128), (256, 8, 512)],
+)
+def test_rows_are_cut_while_a_cta_compares_few_ids(tokens, top_k, filling):
+    """Two ranks' rows of 7168 bfloat16, 7 moves a thread: at most four CTAs an SM, of which there are 132.
+    64 tokens of 16 experts are 2048 pairs, each compared with the 16 of a row, and those rows stay whole."""
+    x = jax.ShapeDtypeStruct((tokens, 7168), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
+    *_, gathered = packed.problems([x], ids, 2, 128, 2 * tokens, True)
+    assert gathered.num_ctas == filling
 
 
 @pytest.mark.gpu

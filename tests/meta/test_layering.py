@@ -146,6 +146,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.moe_layer": {
         "lazily moe_align_jax.expert_dispatch",
         "moe_align_jax._align.arguments",
+        "moe_align_jax._align.location",
         "moe_align_jax._core.checks",
         "moe_align_jax._core.int32",
         "moe_align_jax._grouped_matmul",

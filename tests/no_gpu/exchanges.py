@@ -25,11 +25,13 @@ WANTED = {
     (2, 8, "fp8", None): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},
     (2, 32, "fp8", None): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},
     (2, 32, None, None): {"all-gather": 1, "custom-call": 1, "fusion": 1, "reduce-scatter": 1},
-    (2, 128, "fp8", None): {"all-gather": 1, "custom-call": 2, "fusion": 1, "reduce-scatter": 1},
+    (2, 64, "fp8", None): {"all-gather": 1, "custom-call": 2, "fusion": 1, "reduce-scatter": 1},
+    (2, 128, "fp8", None): {"all-gather": 1, "custom-call": 3, "reduce-scatter": 1},
     (8, 4, "fp8", None): {"all-gather": 1, "custom-call": 1, "all-to-all": 1, "fusion": 2},
     (8, 128, "fp8", None): {"all-gather": 1, "all-to-all": 1, "custom-call": 3, "fusion": 1},
     (2, 8, "fp8", False): {"all-gather": 1, "custom-call": 2, "fusion": 1, "reduce-scatter": 1},
-    (4, 64, "fp8", None): {"all-gather": 1, "all-to-all": 1, "custom-call": 2, "fusion": 2},
+    (4, 32, "fp8", None): {"all-gather": 1, "all-to-all": 1, "custom-call": 2, "fusion": 2},
+    (4, 64, "fp8", None): {"all-gather": 1, "all-to-all": 1, "custom-call": 3, "fusion": 1},
 }
 # Of a pair besides: what reads the rows that came.
 READING = {"fusion": 1}

@@ -45,14 +45,17 @@ GATHERS: bool | None = None
 # On two H200, fp8 out and bfloat16 back, 2026-11-29, not waiting, us a pair, gathered and packed. 23:02: 60.9
 # and 66.8 with 8 tokens per rank, 54.8 and 56.3 with 64, 72.7 and 59.7 with 128, of which the GPUs take 70
 # gathered. 20:10, on a slower host: 73.0 and 79.9 with 8 tokens, 73.8 and 83.1 with 32, 73.2 and 80.0 with
-# 128. A layer of DeepSeek-V3's decode step (22:31, 23:20): 147.7 and 147.8 with 8 tokens, 209.8 and 204.7
-# with 64.
+# 128. A layer of DeepSeek-V3's decode step (22:31): 147.7 and 147.8 with 8 tokens; with 64 on 2026-11-30,
+# 05:00, 204.9 and 196.6, though pairs of 64 took 64.6 and 72.8 (04:41): a step's other kernels keep the GPUs
+# busy, and a launch more costs it less than bytes.
 MOST_GATHERED_BYTES = 512 << 10
-# Whether XLA makes the kernel of the sums; None: while a rank has at most MOST_SUMMED_BYTES of them. The same
-# pairs, 2026-11-30, 01:59, by XLA and by our kernel: 63.0 and 65.0 with 8 tokens, 64.1 and 70.6 with 128,
-# which are 3.5 MiB; more were not timed. A GPU takes 0.5 and 2 us longer by XLA, 8 and 128 tokens (01:39).
+# Whether XLA makes the kernel of the sums; None: while a rank has at most MOST_SUMMED_BYTES of them. On two
+# H200, 2026-11-30, by XLA and by our kernel, not waiting, us: pairs of 8 tokens 59.7 and 60.3, of 128, which
+# are 3.5 MiB, 66.7 and 66.9 (02:49), of 64 and 128 71.6 and 71.5, 71.4 and 72.3 (05:12). A layer of
+# DeepSeek-V3's decode step (05:00), donated and not waiting: 8 tokens 144.9, 148.7 and 144.0, 148.6; 64
+# 196.0, 196.6 and 195.9, 197.2; 128 242.7, 242.6 and 238.8, 241.4.
 SUMS_BY_XLA: bool | None = None
-MOST_SUMMED_BYTES = 4 << 20
+MOST_SUMMED_BYTES = 2 << 20
 
 
 class AllToAll(Transport):
