@@ -55,8 +55,9 @@ _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 # 62.3, 72.3; 60 rows 79.8, 80 rows 63.5, 96 rows 65.2, 78.2; 80 rows 83.8, 112 rows 66.8, 128 rows 74.7, 79;
 # 100 rows 84.8, 128 rows 74.6, 77.1; 32 groups, 32 rows 246.5, 40 rows 237.1, 48 rows 228.7, 243.2; 60 rows
 # 266, 80 rows 236.7, 96 rows 241.6, 261.7; 2048 -> 7168, 8 groups, 60 rows 43.0, 80 rows 36.3, 96 rows 37.6,
-# 55.2. Tiles of 256 columns took 0 to 3% longer.
-_LEAST_MEAN_OF_SWAPPED, _MOST_MEAN_OF_SWAPPED = 22, 100
+# 55.2. Tiles of 256 columns took 0 to 3% longer. The most of these means by groups; more groups, higher means
+# and a shorter K were not timed.
+_LEAST_MEAN_OF_SWAPPED, _MOST_MEAN_OF_SWAPPED, _LEAST_K_OF_SWAPPED = 22, {8: 100, 32: 60}, 2048
 _TALL_MEAN = 512
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
@@ -808,10 +809,13 @@ def _e4m3_config(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
 
 def _swapped_rows(problem: MatmulProblem) -> int:
     """Rows of the swapped tiles of masked groups that have some more than a tile of 32; 0: of others."""
-    mean = problem.expected_rows if problem.rows == "masked" else 0
-    if not _LEAST_MEAN_OF_SWAPPED <= mean <= _MOST_MEAN_OF_SWAPPED or problem.weights.gated:
+    if problem.rows != "masked" or problem.weights.gated or _no_swap(problem):
         return 0
-    if problem.scale_groups > _GROUPS_AHEAD or _no_swap(problem):
+    if problem.k < _LEAST_K_OF_SWAPPED or problem.scale_groups > _GROUPS_AHEAD:
+        return 0
+    mean, groups = problem.expected_rows, problem.num_experts
+    highest = next((m for most, m in _MOST_MEAN_OF_SWAPPED.items() if groups <= most), 0)
+    if not _LEAST_MEAN_OF_SWAPPED <= mean <= highest:
         return 0
     most = max(_NARROW_ROWS, -(-problem.max_rows // 8) * 8)
     return min(128, most, -(-4 * mean // 24) * 8)

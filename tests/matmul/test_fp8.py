@@ -386,14 +386,22 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             "80x128x128s6swap-g0-early-finds-112",  # 448 tiles
         ),
         ("masked", {"expected_rows": 60, "max_rows": 64}, "64x128x128s6swap-g0-early-finds-128"),
-        ("masked", {"expected_rows": 80, "num_experts": 33}, "112x128x128s6swap-g0-early"),
+        ("masked", {"expected_rows": 60}, "80x128x128s6swap-g0-early-finds-128"),
+        ("masked", {"expected_rows": 80, "num_experts": 8}, "112x128x128s6swap-g0-early-finds-128"),
         ("masked", {"expected_rows": 100, "num_experts": 6}, "128x128x128s5swap-g0-early-finds-96"),
+        ("masked", {"expected_rows": 60, "num_experts": 33}, "128x192x128s4m-g8-skips-ahead-trims"),
+        ("masked", {"expected_rows": 32, "k": 1920}, "64x256x128s4n-g8"),
         (
             "masked",
             {"expected_rows": 60, "out_dtype": "float32"},
             "128x192x128s4m-g8-skips-ahead-finds-trims",
         ),
-        ("masked", {"expected_rows": 101}, "128x192x128s4m-g8-skips-ahead-finds-trims"),
+        ("masked", {"expected_rows": 61}, "128x192x128s4m-g8-skips-ahead-finds-trims"),
+        (
+            "masked",
+            {"expected_rows": 101, "num_experts": 8},
+            "128x192x128s4m-g8-skips-ahead-finds-trims",
+        ),
         (
             "masked",
             {"expected_rows": 128, "num_experts": 8},
