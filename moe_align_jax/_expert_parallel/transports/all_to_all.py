@@ -14,9 +14,6 @@ bytes, all of a token's fields are gathered as they are instead, which XLA makes
 kernel quantises what came. What XLA makes of those steps are some nine small kernels, and launching them
 takes longer than the exchanges.
 
-The sums of few rows, ahead of the way back, are a fusion of XLA's: to launch it costs the host less than a
-kernel of ours, which XLA prepares and initialises ahead of every step.
-
 Between two ranks the way back is a reduce-scatter where it can be: the sum of two numbers has one order, and
 rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two more, are enough for float32
 to round a sum a second time without harm).
@@ -49,13 +46,6 @@ GATHERS: bool | None = None
 # 05:00, 204.9 and 196.6, though pairs of 64 took 64.6 and 72.8 (04:41): a step's other kernels keep the GPUs
 # busy, and a launch more costs it less than bytes.
 MOST_GATHERED_BYTES = 512 << 10
-# Whether XLA makes the kernel of the sums; None: while a rank has at most MOST_SUMMED_BYTES of them. On two
-# H200, 2026-11-30, by XLA and by our kernel, not waiting, us: pairs of 8 tokens 59.7 and 60.3, of 128, which
-# are 3.5 MiB, 66.7 and 66.9 (02:49), of 64 and 128 71.6 and 71.5, 71.4 and 72.3 (05:12). A layer of
-# DeepSeek-V3's decode step (05:00), donated and not waiting: 8 tokens 144.9, 148.7 and 144.0, 148.6; 64
-# 196.0, 196.6 and 195.9, 197.2; 128 242.7, 242.6 and 238.8, 241.4.
-SUMS_BY_XLA: bool | None = None
-MOST_SUMMED_BYTES = 2 << 20
 
 
 class AllToAll(Transport):
@@ -93,12 +83,6 @@ class AllToAll(Transport):
             return lax.psum_scatter(rows, group.axis_name, scatter_dimension=0, tiled=True)
         parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)
         return sum_over_ranks(parts, None if in_use is None else plan)
-
-    def sums_by_xla(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
-        if SUMS_BY_XLA is not None:
-            return SUMS_BY_XLA
-        columns = y.size // max(1, y.shape[0])
-        return row_of_pair.shape[0] * columns * y.dtype.itemsize <= MOST_SUMMED_BYTES
 
     def quantises(self, x: jax.Array, payload: str | None) -> bool:
         return MESSAGE_KERNELS and payload == "fp8" and x.dtype == jnp.bfloat16
