@@ -60,9 +60,9 @@ def wall(run: Callable[[], Any], wait: Callable[[], Any], layer_us: float) -> li
     """µs per layer of steady steps, by the host's clock: how much longer a round takes that has about 200 ms
     of further steps.
 
-    What a round costs once is not a step's: with jax about a millisecond behind a wait, which was 0.5% of a
-    round of 200 ms; 0.06 ms with a CUDA graph of torch's. As many steps run first, untimed: whose steps reach
-    the GPU's power limit settle at a clock of their own, whoever ran before.
+    What a round costs once is not a step's: with jax 0.6 to 1 ms, most of it in the first call behind a wait,
+    up to 0.5% of a round of 200 ms; with a CUDA graph of torch's 0.06 to 0.26 ms. As many steps run first,
+    untimed: those that reach the GPU's power limit settle at a clock of their own, whoever ran before.
     """
     steps = int(np.clip(200_000 / (LAYERS * max(layer_us, 1.0)), 3, 1500))
     few = max(2, steps // 8)

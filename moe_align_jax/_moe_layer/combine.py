@@ -55,7 +55,7 @@ def _by_bits(y: jax.Array, weights: jax.Array, row_of_pair: jax.Array) -> jax.Ar
     """float32 `[T, .]` of float32 rows, a pair of each token after the other: all rows are asked for at once.
 
     A product of no pair loses its bits. Of a comparison in place of the shift XLA makes a kernel of its own,
-    ahead of the sum, but for few tokens.
+    ahead of the sum, but for few tokens; of the shift only for 4,096 and more of some models.
     """
     row, total = jnp.maximum(row_of_pair, 0), jnp.zeros((), _F32)
     for k in range(row.shape[1]):
