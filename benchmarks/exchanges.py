@@ -158,19 +158,6 @@ def gathering(exchange: Exchange, *, gathers: bool) -> Exchange:
     return _traced_with(exchange, name, all_to_all, "GATHERS", gathers)
 
 
-def summing(exchange: Exchange, *, by_xla: bool) -> Exchange:
-    """The same with the sums of a token's rows made by XLA, or by our kernel."""
-    name = f"{exchange.name}, sums by {'XLA' if by_xla else 'a kernel of ours'}"
-    return _traced_with(exchange, name, all_to_all, "SUMS_BY_XLA", by_xla)
-
-
-def sums_by_xla(size: Size, ranks: int) -> bool:
-    """Whether XLA makes the sums of that size for "all_to_all", where no one says otherwise."""
-    y: Any = jax.ShapeDtypeStruct((1, size.hidden), jnp.bfloat16)
-    rows: Any = jax.ShapeDtypeStruct((ranks * size.tokens, size.top_k), jnp.int32)
-    return all_to_all.AllToAll().sums_by_xla(y, rows)
-
-
 def _traced_with(exchange: Exchange, name: str, module: Any, setting: str, value: Any) -> Exchange:
     def changed(function):
         def run(*arguments):
@@ -378,7 +365,6 @@ def every(
     if "all_to_all" in transports and size.mode == "low_latency":
         same = ours(size, ranks, "ours, all_to_all", transport="all_to_all")
         yield gathering(same, gathers=not gathers(size, ranks))
-        yield summing(same, by_xla=not sums_by_xla(size, ranks))
         yield message_kernels(same, ours=not all_to_all.MESSAGE_KERNELS)
     for layout in layouts[1:]:
         for kind in kinds:

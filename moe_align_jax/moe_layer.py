@@ -11,12 +11,19 @@ import numpy as np
 from jax import lax
 
 from moe_align_jax import block_align
-from moe_align_jax._align.arguments import check_expert_map, narrow_count, narrow_map
+from moe_align_jax._align.arguments import (
+    capacity_of,
+    check_expert_map,
+    check_integer_array,
+    narrow_count,
+    narrow_map,
+)
+from moe_align_jax._align.location import tables_of_layer
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
-from moe_align_jax._grouped_matmul import choice as why
-from moe_align_jax._grouped_matmul import config, primitive, quantized, token_sum_config
+from moe_align_jax._grouped_matmul import choice as implementations
+from moe_align_jax._grouped_matmul import config, quantized, token_sum_config
 from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
@@ -190,10 +197,9 @@ def fused_moe(
         if aligned is not None and value is not None:
             remedy = "It is an argument of the alignment: pass it where aligned is made."
             checks.refuse(ValueError, function, name, "be left out with aligned", value, remedy)
-    if expert_location is not None and not isinstance(expert_location, ExpertLocation):
-        rule, remedy = "be an ExpertLocation", "Make one."
-        checks.refuse(TypeError, function, "expert_location", rule, expert_location, remedy)
     slots = _num_slots(function, experts, expert_map)
+    if expert_location is not None:
+        _check_location(function, expert_location, slots)
     top_k = topk_ids.shape[1]
     pairs = tokens * top_k
     as_pairs = aligned is None and plan.without_alignment(pairs, slots)
@@ -203,6 +209,7 @@ def fused_moe(
     kind = plan.kind_of_blocks(weights, hidden, ffn, e4m3, has_bias_down)
     block_size = block_size or plan.block_size_for(pairs, slots, kind)
     if aligned is None and not as_pairs:
+        capacity_of(function, pairs, block_size, slots, False)  # refuses in this function's name
         aligned = block_align.moe_align_block_size(
             topk_ids,
             block_size=block_size,
@@ -263,12 +270,22 @@ def _num_slots(function: str, experts: int, expert_map: Any) -> int:
     """What ids may be: G with an expert map, E without one."""
     if expert_map is None:
         return experts
-    shape = getattr(expert_map, "shape", None)
-    if shape is None or len(shape) != 1 or shape[0] < experts:
+    remedy = "Pass one local id (or -1) per expert of all devices."
+    expert_map = check_integer_array(function, "expert_map", expert_map, remedy)
+    if expert_map.ndim != 1 or expert_map.shape[0] < experts:
         rule = f"have shape [G] with G at least {experts}, the experts of the weights"
-        remedy = "Pass one local id (or -1) per expert of all devices."
         checks.refuse(ValueError, function, "expert_map", rule, expert_map, remedy)
-    return shape[0]
+    return expert_map.shape[0]
+
+
+def _check_location(function: str, location: Any, slots: int) -> None:
+    """That it is of one layer and one GPU, with the slots that the weights (or the map) are of."""
+    found = getattr(location, "num_physical_experts", slots)
+    if found != slots:
+        rule = f"have {slots} physical experts, as the weights (or expert_map) have"
+        remedy = "Ids are logical, but it is slots that have weights."
+        checks.refuse(ValueError, function, "expert_location", rule, found, remedy)
+    tables_of_layer(function, location, slots)
 
 
 def _num_valid_pairs(function: str, tokens: Any, num_tokens: Any, top_k: int) -> Any:
@@ -511,15 +528,8 @@ def select_moe_implementation(
 
 def _selection(problem: LayerProblem, platform: str, implementation: str | None) -> Selection:
     both = (problem.first_forward, problem.second)
-
-    def unavailable(name: str) -> str | None:
-        reasons = [primitive.unavailable(each, name, platform) for each in both]
-        return next(filter(None, reasons), None)
-
-    choice = implementation or ("xla" if unavailable("mosaic_gpu") else "mosaic_gpu")
-    if reason := unavailable(choice):
-        raise select.not_implemented("select_moe_implementation", choice, reason)
-    reasons = why.reasons(both, choice, implementation, platform)
+    function = "select_moe_implementation"
+    choice, reasons = implementations.choose(function, both, platform, implementation)
     blocks = "pairs" if problem.pairs else f"blocks of {problem.block_size}"
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)

@@ -99,6 +99,16 @@ def alignment_tables(
     return dispatch, tables
 
 
+def tables_of_layer(
+    function: str, location: Any, num_experts: int
+) -> tuple[Dispatch, dict[str, Any]]:
+    """`alignment_tables` of a location of one layer, for functions that have no argument `layer`."""
+    if (layers := getattr(location, "num_layers", None)) is not None:
+        got, remedy = f"one of {layers} layers", "Pass expert_location.layer(i)."
+        fail(function, "expert_location", "be of one layer", got, remedy)
+    return alignment_tables(function, location, None, num_experts, 0)
+
+
 def _checked_layer(function: str, layer: Any, num_layers: int) -> Any:
     if layer is None:
         fail(function, "layer", "be given", None, "expert_location is of all layers.")

@@ -1,6 +1,7 @@
 """The typer application: options and help of each command."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -20,7 +21,7 @@ from moe_align_jax.types import Implementation
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="The routing core of Mixture-of-Experts models for JAX: moe_align_block_size.",
+    help="The expert layer of Mixture-of-Experts models for JAX and PyTorch.",
 )
 
 
@@ -30,9 +31,14 @@ def _console() -> Console:
     return usual if usual.is_terminal or "COLUMNS" in os.environ else Console(width=160)
 
 
+def _none_of(option: str, value: str, names: Iterable[str]) -> typer.BadParameter:
+    """The error that names the option, as typer's own do."""
+    return typer.BadParameter(f"{value!r} is none of {', '.join(names)}", param_hint=repr(option))
+
+
 def _known(name: str | None) -> str | None:
     if name is not None and name not in IMPLEMENTATIONS:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(IMPLEMENTATIONS)}")
+        raise _none_of("--implementation", name, IMPLEMENTATIONS)
     return name
 
 
@@ -132,7 +138,7 @@ def profile_command(
     console = _console()
     if model is not None:
         if model not in profile_layer.MODELS:
-            raise typer.BadParameter(f"{model!r} is none of {', '.join(profile_layer.MODELS)}")
+            raise _none_of("--model", model, profile_layer.MODELS)
         if any(size is not None for size in (num_experts, top_k, block_size)):
             raise typer.BadParameter(
                 "--num-experts, --top-k and --block-size are the model's: leave them out with --model"
@@ -230,9 +236,9 @@ def eplb_command(
 ) -> None:
     """Place experts by recorded loads: which to replicate, and on which GPU; expected balancedness."""
     if algorithm not in get_args(Algorithm):
-        raise typer.BadParameter(f"{algorithm!r} is none of {', '.join(get_args(Algorithm))}")
+        raise _none_of("--algorithm", algorithm, get_args(Algorithm))
     if format not in get_args(Format):
-        raise typer.BadParameter(f"{format!r} is none of {', '.join(get_args(Format))}")
+        raise _none_of("--format", format, get_args(Format))
     options = eplb.Options(
         num_gpus=num_gpus,
         num_redundant=num_redundant,

@@ -45,8 +45,12 @@ def refuse(
 
 def describe(value: object) -> str:
     """`dtype [shape]` of an array, otherwise the type and value."""
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    if dtype is not None and shape is not None:
+    try:
+        dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    except Exception:  # PyTorch's nested tensors have no shape, and say so
+        return f"a {type(value).__name__}"
+    # np.float32 itself, a class, has both: they describe its numbers.
+    if dtype is not None and shape is not None and not isinstance(value, type):
         masked = "masked " if isinstance(value, np.ma.MaskedArray) else ""
         return f"{masked}{getattr(dtype, 'name', dtype)} {list(shape)}"
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
@@ -70,9 +74,10 @@ def _long_int(value: int) -> str:
 
 def is_array(value: object) -> TypeGuard[Any]:
     """Whether it is an array of NumPy or, traced or not, of jax. One with a mask is none: jax refuses it, and
-    NumPy's functions would drop the mask."""
+    NumPy's functions would drop the mask. Nor is one of dates or spans of time, which NumPy has among the
+    signed integers."""
     if isinstance(value, np.ndarray):
-        return not isinstance(value, np.ma.MaskedArray)
+        return not isinstance(value, np.ma.MaskedArray) and value.dtype.kind not in "mM"
     jax = sys.modules.get("jax")  # while it is not imported, nothing is an array of it
     return jax is not None and isinstance(value, jax.Array)
 

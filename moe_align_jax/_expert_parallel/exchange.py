@@ -160,8 +160,7 @@ def return_sums(info: DispatchInfo, y, weights, ids, layout, plan):
 
 
 def _in_two_steps(info, y, weights, row_of_pair, pair_of_row, plan):
-    by_xla = TRANSPORTS[info.transport].sums_by_xla(y, row_of_pair)
-    rows = sum_rows(y, weights, row_of_pair, pair_of_row, y.dtype, by_xla=by_xla)
+    rows = sum_rows(y, weights, row_of_pair, pair_of_row, y.dtype)
     with jax.named_scope("return_rows"):
         return return_rows(info, rows, None, plan)
 

@@ -112,11 +112,6 @@ class Transport(Protocol):
         """
         ...
 
-    def sums_by_xla(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
-        """Whether XLA makes the kernel that adds up a received token's rows of y, ahead of `return_rows`."""
-        del y, row_of_pair
-        return False
-
     # -- steps that it may do on the way
 
     def quantises(self, x: jax.Array, payload: str | None) -> bool:

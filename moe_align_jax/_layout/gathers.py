@@ -100,23 +100,3 @@ def weighted_sum(y: jax.Array, weights: jax.Array | None, row_of_pair: jax.Array
             each *= weight.reshape(-1, *(1,) * (each.ndim - 1))
         total += each
     return total
-
-
-def weighted_sum_by_words(y: jax.Array, weights: jax.Array, row_of_pair: jax.Array) -> jax.Array:
-    """`weighted_sum`, rounded to the dtype of y, in the same bits. XLA makes one kernel of it, whose threads
-    move 16 bytes of many bfloat16 at once, in place of 8: two columns stand in a word.
-    """
-    num_rows, *columns = y.shape
-    if y.dtype != jnp.bfloat16 or len(columns) != 1 or columns[0] % 2:
-        return weighted_sum(y, weights, row_of_pair).astype(y.dtype)
-    words = lax.bitcast_convert_type(y.reshape(num_rows, columns[0] // 2, 2), jnp.uint32)
-    halves = words << 16, words & jnp.uint32(0xFFFF0000)
-    sums = (
-        weighted_sum(lax.bitcast_convert_type(half, jnp.float32), weights, row_of_pair)
-        for half in halves
-    )
-    low, high = (
-        lax.bitcast_convert_type(x.astype(y.dtype), jnp.uint16).astype(jnp.uint32) for x in sums
-    )
-    both = lax.bitcast_convert_type(low | (high << 16), y.dtype)
-    return both.reshape(row_of_pair.shape[0], *columns)

@@ -70,8 +70,6 @@ def sum_rows(
     row_of_pair: jax.Array,
     pair_of_row: jax.Array,
     out_dtype: Any = None,
-    *,
-    by_xla: bool = False,
 ) -> jax.Array:
     """`[T, ...]`: `sum_k weights[t, k] * y[row_of_pair[t, k]]` in float32, k ascending; no row adds zero.
 
@@ -81,14 +79,12 @@ def sum_rows(
         row_of_pair: `[T, K]` int32.
         pair_of_row: `[P]` int32.
         out_dtype: of the result, rounded to once; None for float32 (float64 for float64).
-        by_xla: whether XLA makes the kernel also where ours runs. It rounds products, ours does not. Of
-            weighted sums in the dtype of y alone.
     """
     out_dtype = jnp.dtype(accumulator(y.dtype) if out_dtype is None else out_dtype)
     if weights is None:
         y, row_of_pair, pair_of_row = vary_together((y, row_of_pair, pair_of_row))
-        return _sum_rows(out_dtype, by_xla, y, None, row_of_pair, pair_of_row)
-    return _sum_rows(out_dtype, by_xla, *vary_together((y, weights, row_of_pair, pair_of_row)))
+        return _sum_rows(out_dtype, y, None, row_of_pair, pair_of_row)
+    return _sum_rows(out_dtype, *vary_together((y, weights, row_of_pair, pair_of_row)))
 
 
 # -- gradients -------------------------------------------------------------------------------------
@@ -123,21 +119,18 @@ _copy = jax.custom_vjp(_copy_body, nondiff_argnums=(0, 1))
 _copy.defvjp(_copy_forward, _copy_backward)
 
 
-def _sum_rows_body(out_dtype, by_xla, y, weights, row_of_pair, pair_of_row):
+def _sum_rows_body(out_dtype, y, weights, row_of_pair, pair_of_row):
     del pair_of_row
-    if by_xla:
-        assert weights is not None and out_dtype == y.dtype
-        return gathers.weighted_sum_by_words(y, weights, row_of_pair)
     return primitives.weighted_sum(y, weights, row_of_pair, out_dtype)
 
 
-def _sum_rows_forward(out_dtype, by_xla, y, weights, row_of_pair, pair_of_row):
-    total = _sum_rows_body(out_dtype, by_xla, y, weights, row_of_pair, pair_of_row)
+def _sum_rows_forward(out_dtype, y, weights, row_of_pair, pair_of_row):
+    total = _sum_rows_body(out_dtype, y, weights, row_of_pair, pair_of_row)
     return total, (y, weights, row_of_pair, pair_of_row)
 
 
-def _sum_rows_backward(out_dtype, by_xla, saved, d_out):
-    del out_dtype, by_xla
+def _sum_rows_backward(out_dtype, saved, d_out):
+    del out_dtype
     y, weights, row_of_pair, pair_of_row = saved
     dtype = accumulator(y.dtype)
     d_out = d_out.astype(dtype)
@@ -159,7 +152,7 @@ def _sum_rows_backward(out_dtype, by_xla, saved, d_out):
     return d_rows.astype(y.dtype), d_weights.astype(weights.dtype), None, None
 
 
-_sum_rows = jax.custom_vjp(_sum_rows_body, nondiff_argnums=(0, 1))
+_sum_rows = jax.custom_vjp(_sum_rows_body, nondiff_argnums=(0,))
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 

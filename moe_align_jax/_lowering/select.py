@@ -151,7 +151,7 @@ def dtype_of(value: Any) -> np.dtype | None:
         if value is None or isinstance(value, (jax.Array, np.ndarray, np.generic)):
             return None
         return jnp.dtype(value)
-    except (TypeError, ValueError):
+    except Exception:  # NumPy asks for the value's repr, which is anybody's
         return None
 
 

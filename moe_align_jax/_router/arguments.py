@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_align_jax._align.arguments import check_count
-from moe_align_jax._align.location import alignment_tables
+from moe_align_jax._align.location import tables_of_layer
 from moe_align_jax._core import checks
 from moe_align_jax._router.problem import DTYPES, SCORINGS, RouteProblem
 
@@ -186,11 +186,7 @@ def check_location(
     if location is None:
         return "", {}, num_experts
     slots = getattr(location, "num_physical_experts", 1)
-    if getattr(location, "num_layers", None) is not None:
-        rule, got = "be of one layer", f"one of {location.num_layers} layers"
-        remedy = "Pass expert_location.layer(i)."
-        raise ValueError(checks.message(function, "expert_location", rule, got, remedy))
-    dispatch, tables = alignment_tables(function, location, None, slots, 0)
+    dispatch, tables = tables_of_layer(function, location, slots)
     if location.num_logical_experts != num_experts:
         rule = f"have {num_experts} logical experts, as the logits have"
         remedy = "The router chooses logical experts."

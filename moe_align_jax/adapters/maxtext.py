@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_align_jax import matmul, moe_layer, router
 from moe_align_jax._core import checks
 from moe_align_jax.types import Implementation
 
 __all__ = ["gmm", "sparse_matmul"]
+
+_SCORES = ("", "softmax", "sigmoid", "sqrtsoftplus")
 
 
 def gmm(
@@ -226,6 +229,25 @@ def sparse_matmul(
     top_k = checks.check_positive_int(
         function, "num_experts_per_tok", num_experts_per_tok, "Pass K, experts per token."
     )
+    if top_k > experts:
+        rule, remedy = f"be at most {experts}, the experts of gate_logits", "Pass the model's own."
+        raise ValueError(checks.message(function, "num_experts_per_tok", rule, top_k, remedy))
+    if not checks.is_one_of(routed_score_func, _SCORES):
+        # Taken as no name, the weights of a sigmoid would not be divided by their sum.
+        rule, got = f"be one of {', '.join(map(repr, _SCORES))}", checks.shown(routed_score_func)
+        remedy = "Pass that of MaxText's configuration."
+        raise ValueError(checks.message(function, "routed_score_func", rule, got, remedy))
+    for argument, value in (
+        ("routed_scaling_factor", routed_scaling_factor),
+        ("load_balance_loss_weight", load_balance_loss_weight),
+        ("routed_bias_update_rate", routed_bias_update_rate),
+    ):
+        _check_number(function, argument, value)
+    for argument, value in (
+        ("n_routing_groups", n_routing_groups),
+        ("topk_routing_group", topk_routing_group),
+    ):
+        checks.check_int(function, argument, value, -1, "Pass the model's own.")
     bias_gate_up = None
     if w0_bias is not None and w1_bias is not None:
         bias_gate_up = jnp.concatenate([w0_bias, w1_bias], axis=1)
@@ -270,6 +292,17 @@ def sparse_matmul(
         mean = ids.size / experts
         update = jnp.sign(mean - counts.astype(jnp.float32)) * routed_bias_update_rate
     return out.reshape(inputs.shape), loss, update
+
+
+def _check_number(function: str, argument: str, value: Any) -> None:
+    """That it is a static number which float32 holds."""
+    numbers = (int, float, np.integer, np.floating)
+    remedy = "Pass that of MaxText's configuration."
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        rule, got = "be a static number", checks.describe(value)
+        raise TypeError(checks.message(function, argument, rule, got, remedy))
+    if not checks.is_finite_float32(value):
+        raise ValueError(checks.message(function, argument, "be a finite float32", value, remedy))
 
 
 def _check_scores(function: str, scores: Any, gate_logits: jax.Array) -> jax.Array:

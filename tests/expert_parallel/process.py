@@ -136,8 +136,6 @@ def check_windows(mesh):
     assert reason is None, reason
     assert maj.connect_windows(mesh) is None
     x, weights, _, _, ids = given(mesh)
-    # Exact products with bfloat16: one transport rounds them before it adds them up, another does not.
-    weights = np.round(weights * 256) / np.float32(256)
     asked = maj.select_transport(8, top_k=TOP_K, num_ranks=mesh.size, mesh=mesh)
     assert asked.transport == ("nvlink_window" if mesh.size == 2 else "all_to_all"), asked
 

@@ -212,7 +212,10 @@ def test_a_heat_map_makes_its_folder_as_a_placement_does(eplb, tmp_path):
 
 def test_unknown_algorithm_and_missing_gpus_are_usage_errors(eplb, tmp_path):
     (tmp_path / "loads").write_text('{"logical_count": [[1]]}')
-    assert "none of auto" in eplb("loads", "--num-gpus", "1", "--algorithm", "best").output
+    said = eplb("loads", "--num-gpus", "1", "--algorithm", "best").output
+    assert "Invalid value for '--algorithm': 'best' is none of auto" in said
+    said = eplb("loads", "--num-gpus", "1", "--format", "vllm").output
+    assert "Invalid value for '--format': 'vllm' is none of sglang" in said
     assert eplb("loads").exit_code == 2
 
 

@@ -274,15 +274,90 @@ def test_arrays_with_a_mask_are_refused(name):
     refuses(lambda: MASKED[name](masked), name.split()[0], TypeError, "got masked ")
 
 
+SPANS = {
+    "topk_ids": lambda m: maj.moe_align_block_size(m(IDS), block_size=2, num_experts=2),
+    "topk_ids of drop_over_capacity": lambda m: maj.drop_over_capacity(
+        m(IDS), num_experts=2, capacity=1
+    ),
+    "topk_ids of fused_moe": lambda m: maj.fused_moe(X, W, W, LOGITS, m(IDS), gated=False),
+    "topk_ids of permute_to_masked": lambda m: maj.permute_to_masked(X, m(IDS), num_experts=2),
+    "tokens_per_expert": lambda m: maj.record_expert_load(STATE, 0, m(SIZES)),
+    "group_sizes": lambda m: maj.ragged_dot(X, W, m(SIZES)),
+    "masked_m": lambda m: maj.silu_and_mul_masked_quant(QUANT[0], m(SIZES)),
+}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_spans_of_time_are_no_integers(name):
+    """NumPy has timedelta64 among its signed integers."""
+    refuses(lambda: SPANS[name](lambda array: array.astype("m8[s]")), name.split()[0], TypeError)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+def test_a_class_of_numbers_is_a_value_as_any_other(kind):
+    """It has a dtype and a shape, but those of its numbers."""
+    shown = rf"got type <class 'numpy\.{kind.__name__}'>"
+    refuses(lambda: _align(block_size=kind), "block_size", TypeError, shown)
+    refuses(lambda: maj.ragged_dot(X, W, SIZES, kind), "precision", TypeError, shown)
+    refuses(lambda: _layer(expert_map=kind), "expert_map", TypeError, shown)
+
+
 class Nameless:
     def __repr__(self):
+        raise RuntimeError
+
+
+class Shapeless:
+    """As a nested tensor of PyTorch."""
+
+    dtype = torch.float32
+
+    @property
+    def shape(self):
         raise RuntimeError
 
 
 def test_a_value_that_cannot_be_written_is_named_by_its_type():
     refuses(lambda: _align(block_size=[LONGEST]), "block_size", TypeError, "got a list. ")
     refuses(lambda: _align(block_size=Nameless()), "block_size", TypeError, "got a Nameless. ")
+    refuses(lambda: _align(block_size=Shapeless()), "block_size", TypeError, "got a Shapeless. ")
     refuses(lambda: _sharded(mesh=""), "mesh", TypeError, "got ''. ")
+    dtype = "preferred_element_type"
+    refuses(lambda: _layer(preferred_element_type=Nameless()), dtype, TypeError, "got a Nameless. ")
+    call = lambda: maj.ragged_dot(X, W, SIZES, Nameless())  # noqa: E731
+    refuses(call, "precision", TypeError, "got a Nameless. ")
+
+
+@pytest.mark.parametrize("tokens", [2, 64])
+def test_the_layer_speaks_of_its_own_arguments(tokens):
+    """With few tokens it makes no alignment, with many it does: both refuse the same, in its name."""
+    weights, x = np.ones((16, 128, 128), np.float32), np.ones((tokens, 128), np.float32)
+    ids, scores = np.zeros((tokens, 2), np.int32), np.ones((tokens, 2), np.float32)
+    logical = [*range(8), *range(8)]
+
+    def layer(slots, layer=0, **options):
+        location = maj.ExpertLocation.from_map([slots, slots], num_gpus=2, **options)
+        location = location if layer is None else location.layer(layer)
+        return maj.fused_moe(
+            x, weights, weights, scores, ids, gated=False, expert_location=location
+        )
+
+    assert layer(logical).shape == x.shape
+    refuses(
+        lambda: layer(logical, None), "expert_location", ValueError, "fused_moe.* one of 2 layers"
+    )
+    refuses(
+        lambda: layer([0, 1, 2, 1]),
+        "expert_location",
+        ValueError,
+        "fused_moe.* 16 physical .* got 4",
+    )
+    refuses(
+        lambda: layer(logical, dispatch="static"),
+        "expert_location",
+        ValueError,
+        "fused_moe.*for_rank",
+    )
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -303,6 +303,30 @@ def test_maxtext_sparse_matmul_names_wrong_arguments():
         )
 
 
+@pytest.mark.parametrize(
+    "argument, value, kind",
+    [
+        # A name that it does not know was taken for none: weights of a sum other than 1, in silence.
+        ("routed_score_func", "Sigmoid", ValueError),
+        ("routed_score_func", None, ValueError),
+        ("num_experts_per_tok", 10**6, ValueError),
+        ("routed_scaling_factor", None, TypeError),
+        ("routed_scaling_factor", float("nan"), ValueError),
+        ("load_balance_loss_weight", "0.01", TypeError),
+        ("routed_bias_update_rate", [0.1], TypeError),
+        ("routed_bias_update_rate", float("inf"), ValueError),
+        ("n_routing_groups", None, TypeError),
+        ("n_routing_groups", -2, ValueError),
+        ("topk_routing_group", 1.0, TypeError),
+    ],
+)
+def test_maxtext_sparse_matmul_checks_its_configuration(argument, value, kind):
+    inputs, logits, w0, w1, wo, *_ = block()
+    options = {"num_experts_per_tok": 2} | {argument: value}
+    with pytest.raises(kind, match=rf"adapters\.maxtext\.sparse_matmul: {argument} must "):
+        maxtext.sparse_matmul(inputs, logits, logits, w0, w1, wo, **options)
+
+
 # -- haliax and Equinox -----------------------------------------------------------------------------------
 
 

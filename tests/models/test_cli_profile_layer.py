@@ -90,7 +90,10 @@ def test_a_layers_table_is_what_its_trace_holds(moe_align, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--model", "gpt"], "'gpt' is none of qwen3-30b-a3b, mixtral-8x7b, deepseek-v3"),
+        (
+            ["--model", "gpt"],
+            "'--model': 'gpt' is none of qwen3-30b-a3b, mixtral-8x7b, deepseek-v3",
+        ),
         (["--model", "deepseek-v3", "--top-k", "2"], "leave them out with --model"),
         (["--scale", "2"], "name it with --model"),
     ],

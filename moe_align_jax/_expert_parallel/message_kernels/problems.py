@@ -22,9 +22,13 @@ MAX_TOP_K = WARP  # a lane holds a pair
 # A thread holds n / 128 ids and compares each with every pair of a token.
 MAX_PAIRS = 64 * THREADS
 _MAX_CTAS = 8 * NUM_SMS
-# CTAs up to which rows are cut into parts where boxes are filled: each part compares its row's ids with all
-# others. `pack` does nothing twice for that.
-_FILLING_CTAS = NUM_SMS
+# CTAs up to which rows are cut into parts where boxes are filled, while a CTA makes few comparisons: each
+# part compares its row's ids with all others. `pack` does nothing twice for that. H200, 2026-11-30, 04:57,
+# two ranks of 36, 64 and 128 tokens, top 8, H = 7168, us with NUM_SMS, 2 and 4 times as many: of messages
+# 2.88, 2.56, 2.53; 3.20, 2.88, 2.94; 4.54, 4.54, 4.35; gathered 3.94, 3.33, 2.82; 4.32, 3.49, 3.39; 5.63,
+# 5.63, 5.25. 8 times: 128 tokens 4.83 and 5.70. With more comparisons than 128 tokens make none was timed.
+_FILLING_CTAS = 4 * NUM_SMS
+_FEW_COMPARED = 1 << 14
 
 
 class Message(NamedTuple):
@@ -151,7 +155,8 @@ class Unpack(NamedTuple):
     @property
     def parts(self) -> int:
         """CTAs that a row is cut for."""
-        return _parts(self.message.num_rows, self.given, _FILLING_CTAS)
+        few = self.message.num_pairs * self.message.top_k <= _FEW_COMPARED
+        return _parts(self.message.num_rows, self.given, _FILLING_CTAS if few else NUM_SMS)
 
     @property
     def num_ctas(self) -> int:

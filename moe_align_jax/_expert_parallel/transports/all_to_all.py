@@ -14,9 +14,6 @@ bytes, all of a token's fields are gathered as they are instead, which XLA makes
 kernel quantises what came. What XLA makes of those steps are some nine small kernels, and launching them
 takes longer than the exchanges.
 
-The sums of few rows, ahead of the way back, are a fusion of XLA's: to launch it costs the host less than a
-kernel of ours, which XLA prepares and initialises ahead of every step.
-
 Between two ranks the way back is a reduce-scatter where it can be: the sum of two numbers has one order, and
 rounds to the same bits (twice as many bits as bfloat16 or float16 have, and two more, are enough for float32
 to round a sum a second time without harm).
@@ -45,14 +42,10 @@ GATHERS: bool | None = None
 # On two H200, fp8 out and bfloat16 back, 2026-11-29, not waiting, us a pair, gathered and packed. 23:02: 60.9
 # and 66.8 with 8 tokens per rank, 54.8 and 56.3 with 64, 72.7 and 59.7 with 128, of which the GPUs take 70
 # gathered. 20:10, on a slower host: 73.0 and 79.9 with 8 tokens, 73.8 and 83.1 with 32, 73.2 and 80.0 with
-# 128. A layer of DeepSeek-V3's decode step (22:31, 23:20): 147.7 and 147.8 with 8 tokens, 209.8 and 204.7
-# with 64.
+# 128. A layer of DeepSeek-V3's decode step (22:31): 147.7 and 147.8 with 8 tokens; with 64 on 2026-11-30,
+# 05:00, 204.9 and 196.6, though pairs of 64 took 64.6 and 72.8 (04:41): a step's other kernels keep the GPUs
+# busy, and a launch more costs it less than bytes.
 MOST_GATHERED_BYTES = 512 << 10
-# Whether XLA makes the kernel of the sums; None: while a rank has at most MOST_SUMMED_BYTES of them. The same
-# pairs, 2026-11-30, 01:59, by XLA and by our kernel: 63.0 and 65.0 with 8 tokens, 64.1 and 70.6 with 128,
-# which are 3.5 MiB; more were not timed. A GPU takes 0.5 and 2 us longer by XLA, 8 and 128 tokens (01:39).
-SUMS_BY_XLA: bool | None = None
-MOST_SUMMED_BYTES = 4 << 20
 
 
 class AllToAll(Transport):
@@ -90,12 +83,6 @@ class AllToAll(Transport):
             return lax.psum_scatter(rows, group.axis_name, scatter_dimension=0, tiled=True)
         parts = self._exchange(rows.reshape(group.size, -1, rows.shape[1]), group)
         return sum_over_ranks(parts, None if in_use is None else plan)
-
-    def sums_by_xla(self, y: jax.Array, row_of_pair: jax.Array) -> bool:
-        if SUMS_BY_XLA is not None:
-            return SUMS_BY_XLA
-        columns = y.size // max(1, y.shape[0])
-        return row_of_pair.shape[0] * columns * y.dtype.itemsize <= MOST_SUMMED_BYTES
 
     def quantises(self, x: jax.Array, payload: str | None) -> bool:
         return MESSAGE_KERNELS and payload == "fp8" and x.dtype == jnp.bfloat16
