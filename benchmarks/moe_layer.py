@@ -11,8 +11,8 @@ products of torch's.
 
     span   the device's time: of a graph by CUDA events around a replay; of a jitted step from its first
            kernel to its last one, by the profiler; replays and steps rest for 2 ms behind each
-    wall   the host's time of many steps after each other, of which it waits for the last one, in turns; ours
-           with the results of the step before donated, and without
+    wall   the host's time of steady steps after each other, without what a round of them costs once, in
+           turns; ours with the results of the step before donated, and without
 
 A model is a child process. All of them compile at the same time; then they measure one after the other. One
 that hangs or dies in a case is started again behind it.
@@ -48,28 +48,35 @@ from benchmarks.rows import Writer, failed, statistics_of  # noqa: E402
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
 _TURNS = 2  # by the host's clock: forth and back
+_ROUNDS = 2  # of a turn
 
 
 # -- clocks --------------------------------------------------------------------------------------------
 
 
 def wall(run: Callable[[], Any], wait: Callable[[], Any], layer_us: float) -> list[float]:
-    """µs per layer by the host's clock: steps after each other for about 200 ms a round.
+    """µs per layer of steady steps, by the host's clock: how much longer a round takes that has about 200 ms
+    of further steps.
 
-    The first step behind a wait costs the host up to half a millisecond of jax's, once: in rounds of 50 ms
-    that was 1% of a step.
+    What a round costs once is not a step's: with jax 0.6 to 1 ms, most of it in the first call behind a wait,
+    up to 0.5% of a round of 200 ms; with a CUDA graph of torch's 0.06 to 0.26 ms. As many steps run first,
+    untimed: those that reach the GPU's power limit settle at a clock of their own, whoever ran before.
     """
     steps = int(np.clip(200_000 / (LAYERS * max(layer_us, 1.0)), 3, 1500))
-    for _ in range(6):
-        run()
-    wait()
-    samples = []
-    for _ in range(3):
+    few = max(2, steps // 8)
+
+    def taken(count: int) -> float:
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(count):
             run()
         wait()
-        samples.append((time.perf_counter() - start) * 1e6 / steps / LAYERS)
+        return (time.perf_counter() - start) * 1e6
+
+    taken(steps)
+    samples = []
+    for _ in range(_ROUNDS):
+        short = taken(few)
+        samples.append((taken(few + steps) - short) / steps / LAYERS)
     return samples
 
 

@@ -67,6 +67,25 @@ def test_ours_is_held_to_products_in_float32(sets, tokens):
     assert "nan" in case.wrong(lambda layer: case.answers[layer] * np.nan)
 
 
+def test_wall_clock_leaves_out_what_a_round_costs_once(monkeypatch):
+    """Steps of 4 layers of 500 us, 1 ms behind each wait, and a first round that the GPU is slow in."""
+    now, waited, rounds = [0.0], [True], [0]
+    monkeypatch.setattr(moe_layer.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += (0.002 if rounds[0] else 0.003) + (0.001 if waited[0] else 0)
+        waited[0] = False
+
+    def wait():
+        waited[0] = True
+        rounds[0] += 1
+
+    samples = moe_layer.wall(run, wait, 510.0)
+    np.testing.assert_allclose(samples, 500.0)
+    assert rounds[0] == 1 + 2 * len(samples)
+    assert now[0] > 0.2 * len(samples)
+
+
 def test_everybody_takes_turns_by_the_wall_clock(monkeypatch):
     monkeypatch.setattr(moe_layer, "wall", lambda run, wait, us: [run()])
     order = []
