@@ -82,6 +82,8 @@ class Tiles(NamedTuple):
         short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
         level: CTAs that have a short first tile take more tiles, until all have about as many rows; see
             `deal`. Where the first round has tiles of 2 to `_CLASSES` experts.
+        mixed: `level`, and where such tiles were dealt, the rounds behind them are taken from both ends in
+            turn: a tile of few rows takes as long to store as one of many.
     """
 
     bm: int = 128
@@ -96,6 +98,7 @@ class Tiles(NamedTuple):
     back: bool = False
     short: bool = False
     level: bool = False
+    mixed: bool = False
 
     @property
     def name(self) -> str:
@@ -103,6 +106,7 @@ class Tiles(NamedTuple):
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
         more += ("-short" if self.short else "") + ("-level" if self.level else "")
+        more += "-mixed" if self.mixed else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
@@ -519,7 +523,7 @@ def build(
                 t = lax.cond(
                     i < 0,
                     lambda: lists[0][own_list + dealt.listed + i],
-                    lambda: dealt.begin + i * tiles.num_ctas + place_in_round(i),
+                    lambda: of_rounds(i),
                 )
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
@@ -528,6 +532,14 @@ def build(
             first, count = start_ref[expert], count_ref[expert]
             steps = lax.div(count + (bk - 1), _I32(bk))
             return expert, m, n, first, first + count, steps
+
+        def of_rounds(i):
+            """The i-th of this CTA's tiles behind those that were dealt."""
+            if tiles.mixed:
+                half = lax.div(i, _I32(2))
+                ends = jnp.where(lax.rem(i, _I32(2)) == 1, rounds - 1 - half, half)
+                i = jnp.where((i < rounds) & (dealt.begin > tiles.num_ctas), ends, i)
+            return dealt.begin + i * tiles.num_ctas + place_in_round(i)
 
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
@@ -539,7 +551,7 @@ def build(
 
         last_round = _I32(rounds)
         mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
-        if dealt is not None:
+        if dealt:
             mine += dealt.listed
 
         def slot_of(step):
