@@ -495,7 +495,7 @@ def build(
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         dealt = None
         if level:
-            own_list = warpgroup * _LISTED  # each writes its own, which no other needs to wait for
+            own_list = warpgroup * _LISTED  # each notes all of them: none waits for another
 
             def note(place, tile):
                 lists[0][own_list + place] = tile
@@ -506,6 +506,7 @@ def build(
                 per_expert=per_expert,
                 num_ctas=tiles.num_ctas,
             )
+            plgpu.commit_smem()  # all threads of the warpgroup have noted them
         if used_ref is None and dealt is None:
             rounds, rest_of_round = divmod(total, tiles.num_ctas)
         else:
