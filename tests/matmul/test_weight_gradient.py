@@ -106,7 +106,7 @@ FEW = [
     ),
     (
         "a hot expert's tile beside four of others, then one tile for each CTA",
-        lambda: ragged([0, 200, 7, 11, 40, 9, 24, 2], 300, 24, 24),
+        lambda: ragged([0, 400, 7, 11, 40, 9, 24, 2], 500, 24, 24),
         kernel.Tiles(bk=16, level=True),
     ),
 ]
