@@ -54,7 +54,7 @@ _STEPS_OF_PIECE = 8  # a piece has at least so many
 _CLASSES = 4  # of CTAs, by the expert of their first tile
 _LISTED = 64  # tiles of a CTA that `deal` lists, at most
 _ROWS_OF_TILE = 96  # the time that a tile takes beside that of its rows, in rows
-_SLACK = 2  # common tiles by which equal loads may differ
+_SLACK = 2  # halves of a common tile by which equal loads may differ
 # On an H200, 2026-11-29, 16384 rows, 8 experts, us, device span under jit:
 #   4096 x 28672: all n tiles of an m tile, then the next 6191, in groups of 8 4914, of 16 4779;
 #     rows gathered by the kernel 6864 and in groups of 16 5813, gathered before it 4855
@@ -242,7 +242,7 @@ def deal(
         return rows_of(rank) + _ROWS_OF_TILE
 
     # Of the median's rows: where one expert is hot, that is little.
-    slack = _SLACK * cost(num_experts // 2)
+    slack = lax.div(_SLACK * cost(num_experts // 2), _I32(2))
     note(_I32(0), cta)
 
     def spread(loads: tuple[jax.Array, ...]) -> jax.Array:
@@ -544,10 +544,8 @@ def build(
 
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
-            if dealt is None:
-                forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
-            else:
-                forth = lax.rem(i, _I32(2)) == 1
+            turn = i if dealt is None else i + 1
+            forth = turn == 0 if tiles.back else lax.rem(turn, _I32(2)) == 0
             return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
 
         last_round = _I32(rounds)
