@@ -4,7 +4,8 @@ A persistent CTA has two warpgroups that multiply and one that loads, as the ker
 is bm columns of lhs by bn of rhs, and a stage of the ring has bk rows of both: wgmma reads lhs as its first
 operand with the columns as rows, so that nothing is transposed in memory. Experts have any number of rows;
 those with the most come first, and the CTAs take tiles in turn, forth and back, so that all have about as
-many rows. An expert without rows gets zeros.
+many rows. Where a hot expert's tiles make some CTAs late, the others take more tiles (`deal`). An expert
+without rows gets zeros.
 
 The kernel reads an expert's rows from the first to the last. Where they may not follow each other (a caller's
 alignment, an expert map that gives two experts one local id) that is tested on the device, and the loop of
@@ -54,7 +55,6 @@ _STEPS_OF_PIECE = 8  # a piece has at least so many
 _CLASSES = 4  # of CTAs, by the expert of their first tile
 _LISTED = 64  # tiles of a CTA that `deal` lists, at most
 _ROWS_OF_TILE = 96  # the time that a tile takes beside that of its rows, in rows
-_SLACK = 2  # halves of a common tile by which equal loads may differ
 # On an H200, 2026-11-29, 16384 rows, 8 experts, us, device span under jit:
 #   4096 x 28672: all n tiles of an m tile, then the next 6191, in groups of 8 4914, of 16 4779;
 #     rows gathered by the kernel 6864 and in groups of 16 5813, gathered before it 4855
@@ -81,9 +81,9 @@ class Tiles(NamedTuple):
             expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
         short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
         level: CTAs that have a short first tile take more tiles, until all have about as many rows; see
-            `deal`. Where the first round has tiles of 2 to `_CLASSES` experts.
-        mixed: `level`, and where such tiles were dealt, the rounds behind them are taken from both ends in
-            turn: a tile of few rows takes as long to store as one of many.
+            `deal`. Where the first round has tiles of 2 to `_CLASSES` experts. Where such tiles were dealt,
+            the rounds behind them are taken from both ends in turn: a tile of few rows takes as long to store
+            as one of many, and is stored between the products of the next one.
     """
 
     bm: int = 128
@@ -98,7 +98,6 @@ class Tiles(NamedTuple):
     back: bool = False
     short: bool = False
     level: bool = False
-    mixed: bool = False
 
     @property
     def name(self) -> str:
@@ -106,7 +105,6 @@ class Tiles(NamedTuple):
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
         more += ("-short" if self.short else "") + ("-level" if self.level else "")
-        more += "-mixed" if self.mixed else ""
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
@@ -136,9 +134,13 @@ def tiles_for(problem: WeightGradient) -> Tiles:
     # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
     # read the whole of an expert's rows again for each m tile.
     group = 16 if problem.layout.n >= _COLUMNS_IN_A_ROUND else 0
-    # With few tiles, those of the expert with the most rows do not fill a round: 65536 rows, 768 x 2048, 128
-    # experts, Zipf, 380 us, in turn 385; 2048 x 1536 688 and 669.
-    return tiles._replace(group=group, back=2 * _per_expert(problem, tiles) <= tiles.num_ctas)
+    # With few tiles, those of the expert with the most rows do not fill a round. us, 2026-11-30, 65536 rows,
+    # 128 experts, leveled and before: 768 x 2048, Zipf, 332 and 374, uniform 307.8 and 307.0; 2048 x 1536 626
+    # and 658, uniform 595 and 595. Back in all rounds, or in turn, leveled: 768 x 2048, uniform, 308 and 313;
+    # 2048 x 1536, Zipf, 655 and 625.
+    per_expert = _per_expert(problem, tiles)
+    level = per_expert < tiles.num_ctas <= _CLASSES * per_expert
+    return tiles._replace(group=group, back=2 * per_expert <= tiles.num_ctas, level=level)
 
 
 def _per_expert(problem: WeightGradient, tiles: Tiles) -> int:
@@ -152,7 +154,7 @@ def cutting(problem: WeightGradient) -> Tiles:
     pieces = tiles.num_ctas * _TILES_PER_CTA // _per_expert(problem, tiles)
     pieces = min(pieces, layout.num_rows // (_STEPS_OF_PIECE * tiles.bk))
     # An expert is cut if it has two pieces' rows: with two pieces, only if it has all.
-    return tiles._replace(pieces=pieces if pieces > 2 else 0)
+    return tiles._replace(pieces=pieces, level=False) if pieces > 2 else tiles
 
 
 class Experts(NamedTuple):
@@ -241,8 +243,8 @@ def deal(
     def cost(rank: Any) -> jax.Array:
         return rows_of(rank) + _ROWS_OF_TILE
 
-    # Of the median's rows: where one expert is hot, that is little.
-    slack = lax.div(_SLACK * cost(num_experts // 2), _I32(2))
+    # Two tiles of the median: where one expert is hot, that is little. Half as much gained nothing.
+    slack = 2 * cost(num_experts // 2)
     note(_I32(0), cta)
 
     def spread(loads: tuple[jax.Array, ...]) -> jax.Array:
@@ -480,8 +482,9 @@ def build(
     if of_pieces:  # whole tiles, so that they can be read without a look at the edges
         out_shape = layout.num_experts, m_tiles * tiles.bm, n_tiles * tiles.bn
     memory_registers, compute_registers = _REGISTERS[by_copies]
-    classes = -(-tiles.num_ctas // per_expert)
-    level = tiles.level and 2 <= classes <= _CLASSES and total >= 2 * tiles.num_ctas
+    # At most two rounds leave nothing to deal.
+    level = tiles.level and per_expert < tiles.num_ctas <= _CLASSES * per_expert
+    level = level and total > 2 * tiles.num_ctas
 
     def body(*given):
         refs = list(given)
@@ -536,10 +539,9 @@ def build(
 
         def of_rounds(i):
             """The i-th of this CTA's tiles behind those that were dealt."""
-            if tiles.mixed:
-                half = lax.div(i, _I32(2))
-                ends = jnp.where(lax.rem(i, _I32(2)) == 1, rounds - 1 - half, half)
-                i = jnp.where((i < rounds) & (dealt.begin > tiles.num_ctas), ends, i)
+            half = lax.div(i, _I32(2))
+            ends = jnp.where(lax.rem(i, _I32(2)) == 1, rounds - 1 - half, half)
+            i = jnp.where((i < rounds) & (dealt.begin > tiles.num_ctas), ends, i)
             return dealt.begin + i * tiles.num_ctas + place_in_round(i)
 
         def place_in_round(i):

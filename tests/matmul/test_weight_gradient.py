@@ -163,7 +163,7 @@ def test_a_hot_experts_ctas_get_fewer_tiles():
     common = 1200 // 13 + kernel._ROWS_OF_TILE
     # One at most of the tiles that a class was dealt last is an expert later than its first.
     assert max(loads) - min(loads) <= 3 * common
-    assert len(each[0]) == 1 < len(each[-1])
+    assert len(each[0]) < len(each[-1])
 
 
 @pytest.mark.parametrize("counts", [[500, 520, 480, 505] * 5, [0] * 20], ids=["even", "none"])

@@ -405,7 +405,6 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
         given = problem(gathered=gathered, out=out, k=768, n=2048)
         level = late._replace(level=True, late=out == "bfloat16")
         yield f"gradient, level, {gathered} gathered, {out}", given, level
-        yield f"gradient, level, {gathered}, {out}", given, level._replace(mixed=True)
     yield "gradient, level, ragged", problem(k=768, **ragged), late._replace(level=True)
     cut = late._replace(pieces=5)
     for name, given in (
