@@ -496,7 +496,7 @@ def build(
         sums_ref = refs.pop(0) if tiles.pieces else None
         out_ref, left_tiles, right_tiles, o_tiles, full, empty, *lists = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        dealt = None
+        dealt = Dealt(_I32(0), _I32(0))
         if level:
             own_list = warpgroup * _LISTED  # each notes all of them: none waits for another
 
@@ -510,17 +510,17 @@ def build(
                 num_ctas=tiles.num_ctas,
             )
             plgpu.commit_smem()  # all threads of the warpgroup have noted them
-        if used_ref is None and dealt is None:
+        if used_ref is None and not level:
             rounds, rest_of_round = divmod(total, tiles.num_ctas)
         else:
-            in_use = total - dealt.begin if dealt else used_ref[0] * per_expert
+            in_use = total - dealt.begin if used_ref is None else used_ref[0] * per_expert
             rounds = lax.div(in_use, _I32(tiles.num_ctas))
             rest_of_round = in_use - rounds * tiles.num_ctas
         sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
 
         def tile_at(i):
             """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
-            if dealt is None:
+            if not level:
                 t = i * tiles.num_ctas + place_in_round(i)
             else:
                 i -= dealt.listed
@@ -546,13 +546,13 @@ def build(
 
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
-            turn = i if dealt is None else i + 1
+            turn = i + 1 if level else i
             forth = turn == 0 if tiles.back else lax.rem(turn, _I32(2)) == 0
             return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
 
         last_round = _I32(rounds)
         mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
-        if dealt:
+        if level:
             mine += dealt.listed
 
         def slot_of(step):
