@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import Writer, parse, read
+from benchmarks.rows import Writer, parse, read, reason_of, statistics_of
 from moe_align_jax._cli import traces
 
 # What XLA puts into CUDA graphs, by the flags of the process.
@@ -348,12 +348,6 @@ def _shares(
 # -- rows ------------------------------------------------------------------------------------------------
 
 
-def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
-    """The columns of a row that are times, in µs per call."""
-    low, middle, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
-    return {"us": middle, "p20_us": low, "p80_us": high, "samples": len(samples)}
-
-
 def rows_of(
     steps: Sequence[Step],
     *,
@@ -419,7 +413,7 @@ def rows_of(
     try:
         every = traced(ran, executions=traced_steps)
     except Exception as error:
-        yield {"provider": "all", "note": f"no spans: {type(error).__name__}: {str(error)[:300]}"}
+        yield {"provider": "all", "note": f"no spans: {reason_of(error)}"}
         return
     for program, found in zip(ran, every, strict=True):
         if found is None:
@@ -446,7 +440,7 @@ def _timer_rows(programs: Sequence[CompiledStep], executions: int) -> Iterable[d
 
 
 def _failure(program: CompiledStep, error: Exception) -> dict[str, Any]:
-    note = f"failed: {type(error).__name__}: {str(error)[:300]}"
+    note = f"failed: {reason_of(error)}"
     if isinstance(error, NotImplementedError):
         note = f"does not run here: {error}"
     return {"provider": program.step.name, "note": note}

@@ -28,6 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from benchmarks import case_processes, children, moe_layer, timing  # noqa: E402
 from benchmarks.fp8_matmul import calc_diff  # noqa: E402
 from benchmarks.moe_cases import LAYERS, Model, routing  # noqa: E402
+from benchmarks.rows import failed, statistics_of  # noqa: E402
 from moe_align_jax._core.fp8 import E4M3_MAX, GROUP  # noqa: E402
 
 _SAMPLED_TOKENS = 8
@@ -211,10 +212,10 @@ def _ours(case: Case, program: Any, options: argparse.Namespace) -> Iterator[dic
         yield {"clock": "span", "way": "donated", "status": "failed", "reason": wrong}
         return
     samples, facts = moe_layer.spans(run, options.executions)
-    row = moe_layer.statistics_of(samples)
+    row = statistics_of(samples)
     yield {"clock": "span", "way": "donated"} | row | facts
     samples = moe_layer.wall(run, lambda: jax.block_until_ready(held[0]), row["us"])
-    yield {"clock": "wall", "way": "donated"} | moe_layer.statistics_of(samples)
+    yield {"clock": "wall", "way": "donated"} | statistics_of(samples)
 
 
 class _Theirs:
@@ -247,11 +248,11 @@ class _Theirs:
             yield {"clock": "span", "way": "graph", "status": "failed", "reason": wrong}
             return
         [taken] = timing.time_torch_graphs([(graph, LAYERS)], replays=options.replays)
-        row = moe_layer.statistics_of(taken.samples_us)
+        row = statistics_of(taken.samples_us)
         facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
         yield {"clock": "span", "way": "graph"} | row | facts
         samples = moe_layer.wall(graph.replay, torch.cuda.synchronize, row["us"])
-        yield {"clock": "wall", "way": "graph"} | moe_layer.statistics_of(samples)
+        yield {"clock": "wall", "way": "graph"} | statistics_of(samples)
 
 
 def compiled(cases: Sequence[Case]) -> list[Any]:
@@ -281,7 +282,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             peers.append(error)
     programs = compiled(cases)
     children.wait_for_turn()
-    rate = moe_layer.read_rate()
+    rate = timing.read_rate()
     for case, peer, program in zip(cases, peers, programs, strict=True):
         head = _head(case, rate)
         measures = (
@@ -296,8 +297,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
                 for found in measure():
                     yield row | found
             except Exception as error:  # one provider's failure leaves the other its time
-                text = f"{type(error).__name__}: {error}"[:600]
-                yield row | {"status": "failed", "reason": text}
+                yield row | failed(error)
 
 
 def _head(case: Case, rate: float) -> dict[str, Any]:

@@ -25,8 +25,9 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, children, deep_gemm_peer, grouped_matmul, timing  # noqa: E402
+from benchmarks import case_processes, children, deep_gemm_peer, timing  # noqa: E402
 from benchmarks.grouped_matmul import Size, line  # noqa: E402
+from benchmarks.rows import reason_of  # noqa: E402
 
 _SAMPLED_ROWS = 24
 _BOUND = 1e-3  # of DeepGEMM's rule
@@ -371,7 +372,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             except Exception as error:  # one that cannot be built leaves the others
                 work.append((provider, error))
     children.wait_for_turn()
-    rate = grouped_matmul.read_rate()
+    rate = timing.read_rate()
     for provider, measure in work:
         yield _row(inputs, provider, measure, rate)
 
@@ -385,7 +386,7 @@ def _row(inputs: Inputs, provider: str, measure: Any, rate: float) -> dict[str, 
             raise measure
         wrong, taken = measure()
     except Exception as error:  # one provider's failure leaves the others their time
-        wrong, taken = f"{type(error).__name__}: {error}"[:400], None
+        wrong, taken = reason_of(error), None
     if taken is None:
         return row | {"status": "failed", "reason": wrong}
     us = taken.percentile(50)

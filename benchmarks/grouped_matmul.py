@@ -28,8 +28,8 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import case_processes, children, deep_gemm_peer, timing, training_peers  # noqa: E402
+from benchmarks.rows import failed  # noqa: E402
 
-_READ_BYTES = 1 << 30
 _SAMPLED_ROWS = 24
 _BOUND = 1e-2
 # (block_m, block_n, max_concurrent_steps, grid_block_n) of jax's example, block_k = 64.
@@ -353,17 +353,6 @@ def to_torch_counts(inputs: Inputs) -> Any:
     return torch.from_numpy(inputs.counts).cuda()
 
 
-def read_rate() -> float:
-    """GB/s of a kernel that reads 1 GiB: sums of float32 rows, by torch."""
-    import torch
-
-    shape = (4096, _READ_BYTES // 4 // 4096)
-    many = [torch.zeros(shape, device="cuda") for _ in range(2)]
-    outs = [torch.empty(shape[0], device="cuda") for _ in many]
-    calls = [functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)]
-    return _READ_BYTES / timing.time_torch_graph(calls, replays=20).percentile(50) / 1e3
-
-
 # -- a case ----------------------------------------------------------------------------------------
 
 
@@ -460,7 +449,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
                 measure = error
             work.append((provider, measure))
     children.wait_for_turn()
-    rate = read_rate()
+    rate = timing.read_rate()
     names = [provider for provider, _ in work]
 
     def told(i: int, turn: timing.Timing) -> None:
@@ -472,8 +461,7 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
         row |= {"experts_hit": inputs.hit, "read_gbps": round(rate, 1)}
         row |= {"rows_in_use": int(inputs.counts.sum()), "rounds": options.rounds}
         if isinstance(found, Exception):
-            reason = f"{type(found).__name__}: {found}"[:400]
-            yield row | {"status": "failed", "reason": reason}
+            yield row | failed(found)
         else:
             yield row | _figures(inputs, found, rate)
 

@@ -26,7 +26,7 @@ from moe_align_jax._core.fp8 import E4M3_MAX, GROUP
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, timing  # noqa: E402
-from benchmarks.rows import Writer  # noqa: E402
+from benchmarks.rows import Writer, reason_of  # noqa: E402
 
 FLOOR = 1e-10
 _L2_BYTES = 50 << 20
@@ -288,7 +288,7 @@ def run_size(size: Size, options: argparse.Namespace, peak: float | None) -> lis
         try:
             wrong, taken = measure()
         except Exception as error:  # one provider's failure leaves the others their time
-            wrong, taken = f"{type(error).__name__}: {error}"[:500], None
+            wrong, taken = reason_of(error), None
         if taken is None:
             row |= {"status": "failed", "reason": wrong}
         else:

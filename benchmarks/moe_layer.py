@@ -20,7 +20,6 @@ that hangs or dies in a case is started again behind it.
 
 import argparse
 import concurrent.futures
-import functools
 import os
 import sys
 import tempfile
@@ -44,11 +43,10 @@ from benchmarks.moe_cases import (  # noqa: E402
     layer_bytes,
     make_sets,
 )
-from benchmarks.rows import Writer  # noqa: E402
+from benchmarks.rows import Writer, failed, statistics_of  # noqa: E402
 
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
-_READ_BYTES = 1 << 30
 _TURNS = 2  # by the host's clock: forth and back
 
 
@@ -94,24 +92,6 @@ def spans(run: Callable[[], Any], executions: int) -> tuple[list[float], dict[st
     parts = {t.name[:60]: round(t.total_us / each, 2) for t in traces.totals(events)[:8]}
     facts = {"kernels": found.kernels_per_call, "parts": parts, "note": found.note}
     return found.us_per_call, facts
-
-
-def read_rate() -> float:
-    """GB/s of a kernel that reads 1 GiB: sums of float32 rows, by torch."""
-    import torch
-
-    shape = (4096, _READ_BYTES // 4 // 4096)
-    many = [torch.zeros(shape, device="cuda") for _ in range(2)]
-    outs = [torch.empty(shape[0], device="cuda") for _ in many]
-    calls: Any = [
-        functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)
-    ]
-    return _READ_BYTES / timing.time_torch_graph(calls, replays=20).percentile(50) / 1e3
-
-
-def statistics_of(samples: Sequence[float]) -> dict[str, Any]:
-    low, middle, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
-    return {"us": middle, "p20_us": low, "p80_us": high, "samples": len(samples)}
 
 
 # -- providers -----------------------------------------------------------------------------------------
@@ -307,18 +287,14 @@ def measured_in_turns(
                 else:
                     yield head | more
         except Exception as error:  # one provider's failure leaves the others their time
-            yield head | _failed(error)
+            yield head | failed(error)
     for i, taken in timing.in_turns([each.time for _, each in walls], _TURNS):
         head, each = walls[i]
         row = head | {"clock": "wall", "way": each.way}
         if isinstance(taken, Exception):
-            yield row | _failed(taken)
+            yield row | failed(taken)
         else:
             yield row | statistics_of(taken.samples_us)
-
-
-def _failed(error: Exception) -> dict[str, Any]:
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:600]}
 
 
 # -- a child per model ---------------------------------------------------------------------------------
@@ -356,7 +332,7 @@ def run_model(model: Model, options: argparse.Namespace) -> Iterator[dict[str, A
         except Exception as error:
             peers[case.tokens] = error
     children.wait_for_turn()
-    rate = read_rate()
+    rate = timing.read_rate()
     for case in cases:
         tokens = case.tokens
         floor_us = layer_bytes(model, tokens, case.hit) / rate / 1e3

@@ -29,6 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import case_processes, children, moe_layer, timing  # noqa: E402
 from benchmarks.moe_cases import LAYERS, MODELS, Case, Model, layer_bytes, make_sets  # noqa: E402
+from benchmarks.rows import failed, statistics_of  # noqa: E402
 from moe_align_jax._core.hopper import NUM_SMS  # noqa: E402
 from moe_align_jax._grouped_matmul.config import Config  # noqa: E402
 
@@ -168,7 +169,7 @@ def run_case(batch: Batch, options: argparse.Namespace) -> Iterator[dict[str, An
                 made = error
             work.append((variant, made))
     children.wait_for_turn()
-    rate, case = moe_layer.read_rate(), Case(model, tokens, make_sets(model))
+    rate, case = timing.read_rate(), Case(model, tokens, make_sets(model))
     head: dict[str, Any] = {"model": model.name, "tokens": tokens}
     head["floor_us"] = round(layer_bytes(model, tokens, case.hit) / rate / 1e3, 2)
     measured: list[tuple[dict[str, Any], _Steps]] = []
@@ -181,18 +182,14 @@ def run_case(batch: Batch, options: argparse.Namespace) -> Iterator[dict[str, An
             yield row | {"clock": "span"} | steps.span(options.executions)
             measured.append((row, steps))
         except Exception as error:
-            yield row | _failed(error)
+            yield row | failed(error)
     turns = [steps.sustained for _, steps in measured]
     for i, taken in timing.in_turns(turns, options.sustained):
         row = measured[i][0] | {"clock": "wall"}
         if isinstance(taken, Exception):
-            yield row | _failed(taken)
+            yield row | failed(taken)
         else:
-            yield row | {"status": "ok"} | moe_layer.statistics_of(taken.samples_us)
-
-
-def _failed(error: Exception) -> dict[str, Any]:
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+            yield row | {"status": "ok"} | statistics_of(taken.samples_us)
 
 
 class _Steps:
@@ -230,7 +227,7 @@ class _Steps:
         self._check()
         if not samples:
             raise ValueError(facts["note"])
-        found = moe_layer.statistics_of(samples)
+        found = statistics_of(samples)
         self.us = found["us"]
         return {"status": "ok"} | found | facts
 

@@ -27,7 +27,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import cases, machine, timing  # noqa: E402
-from benchmarks.rows import Writer  # noqa: E402
+from benchmarks.rows import Writer, reason_of  # noqa: E402
 
 _ROUNDING = 3e-6
 
@@ -166,10 +166,6 @@ def fits(name: str, size: Size) -> bool:
     return size.tokens <= routers < max(2 * size.tokens, 5)
 
 
-def failure(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
-
-
 def shape_of(name: str) -> Any:
     """A `FusedConfig` of "form:warpgroups:CTAs", such as "split:3:8"."""
     from moe_align_jax._router import fused
@@ -245,7 +241,7 @@ def measure_ours(inputs: Inputs, names: Sequence[str], executions: int) -> dict[
         try:
             found[name] = wrong_results(inputs, job.result()(inputs.logits)), None
         except Exception as error:  # one shape's failure leaves the others their time
-            found[name] = failure(error), None
+            found[name] = reason_of(error), None
     right = {n: job.result() for n, job in zip(names, jobs, strict=True) if not found[n][0]}
     if jax.default_backend() == "cpu":
         count = len(inputs.logits)
@@ -369,7 +365,7 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
             try:
                 found[name] = measure_torch(inputs, make, path, options.replays)
             except Exception as error:  # one provider's failure leaves the others their time
-                found[name] = failure(error), None
+                found[name] = reason_of(error), None
     rows = []
     for provider, (wrong, taken) in found.items():
         row = {"case": size.name, **size._asdict(), "provider": provider}

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import machine
 
 FACTS = "facts"
@@ -18,8 +20,25 @@ OURS_IN_GRAPHS = (
     "torch_bridge"  # and for PyTorch's ops in CUDA graphs this one, where it was measured
 )
 NO_COLUMN = ("empty",)
+_MOST_TOLD = 500  # letters of an error
 
 type Row = dict[str, Any]
+
+
+def statistics_of(samples: Sequence[float]) -> Row:
+    """The columns of a row that are times, in µs per call."""
+    low, middle, high = (round(float(np.percentile(samples, p)), 2) for p in (20, 50, 80))
+    return {"us": middle, "p20_us": low, "p80_us": high, "samples": len(samples)}
+
+
+def reason_of(error: BaseException) -> str:
+    """What a row says of an error: its type and the beginning of its text."""
+    return f"{type(error).__name__}: {error}"[:_MOST_TOLD]
+
+
+def failed(error: BaseException) -> Row:
+    """The columns of a row that has no times, for this error."""
+    return {"status": "failed", "reason": reason_of(error)}
 
 
 class Writer:

@@ -18,7 +18,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, peers, report, timing  # noqa: E402
 from benchmarks.cases import CASES, GRIDS, Case, Expected, expected, mismatch  # noqa: E402
-from benchmarks.rows import Writer  # noqa: E402
+from benchmarks.rows import Writer, reason_of  # noqa: E402
 
 # A CPU needs seconds for the largest sizes, times five calls, times the repeats.
 CPU_MAX_PAIRS = 32_768
@@ -204,7 +204,7 @@ def run_case(
         try:
             wrong, timed = measure(provider, case, Inputs(ids[:count], answers[:count]), options)
         except Exception as error:  # one provider's failure must not cost the others their run
-            wrong, timed = f"{type(error).__name__}: {str(error)[:300]}", None
+            wrong, timed = reason_of(error), None
         rows.append(row_of(provider, case, wrong, timed))
     return rows
 

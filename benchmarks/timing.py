@@ -10,6 +10,8 @@ import numpy as np
 
 from moe_align_jax._cli import traces
 
+_READ_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -60,6 +62,19 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
     The outputs are written by the last replay: the caller poisons before and verifies after.
     """
     return time_torch_graphs([(capture_torch(calls), len(calls))], replays=replays)[0]
+
+
+def read_rate() -> float:
+    """GB/s of a kernel that reads 1 GiB: sums of float32 rows, by torch."""
+    import torch
+
+    shape = (4096, _READ_BYTES // 4 // 4096)
+    many = [torch.zeros(shape, device="cuda") for _ in range(2)]
+    outs = [torch.empty(shape[0], device="cuda") for _ in many]
+    calls: Any = [
+        functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)
+    ]
+    return _READ_BYTES / time_torch_graph(calls, replays=20).percentile(50) / 1e3
 
 
 def time_torch_graphs(graphs: Sequence[tuple[Any, int]], *, replays: int) -> list[Timing]:

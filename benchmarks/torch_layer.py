@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import host, machine, timing
 from benchmarks.moe_cases import LAYERS, MODELS, Model, routing
-from benchmarks.rows import Writer
+from benchmarks.rows import Writer, failed
 
 _BOUND = 1e-2
 _SAMPLED = 4
@@ -129,8 +129,7 @@ def class_rows(case: Operands, folder: str) -> Iterator[dict[str, Any]]:
                     raise ValueError(reason)
                 us = host.host_us({provider: in_turn(calls)}, calls=40, repeats=25)[provider]
             except Exception as error:
-                text = f"{type(error).__name__}: {error}"[:300]
-                yield row | {"status": "failed", "reason": text}
+                yield row | failed(error)
                 return
             found[provider] = us
             row["us"] = round(us, 2)

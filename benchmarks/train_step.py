@@ -29,7 +29,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import case_processes, children, training_peers  # noqa: E402
-from benchmarks.rows import read  # noqa: E402
+from benchmarks.rows import failed, read  # noqa: E402
 
 _EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # The losses of bfloat16 steps differ by the order of sums alone.
@@ -79,7 +79,7 @@ def run_case(provider: Experts, options: argparse.Namespace) -> Iterator[dict[st
     try:
         row |= _train(provider, options)
     except Exception as error:
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
+        row |= failed(error)
     yield row
 
 

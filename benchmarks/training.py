@@ -30,6 +30,7 @@ import numpy as np
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import case_processes, children, timing, training_peers  # noqa: E402
+from benchmarks.rows import failed  # noqa: E402
 
 _BOUND, _LAYER_BOUND = 1e-2, 3e-2
 # Of "forward and backward" the cotangent is an operand, so that XLA may begin the backward pass before the
@@ -454,7 +455,7 @@ def _measured(row: dict[str, Any], take: Callable[[], Any], flops: int) -> dict[
     try:
         wrong, taken = take()
     except Exception as error:  # one provider's failure leaves the others their time
-        return row | {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
+        return row | failed(error)
     if taken is None:
         return row | {"status": "failed", "reason": wrong}
     us = taken.percentile(50)

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import machine, peers, timing
 from benchmarks.cases import Case, expected, mismatch, union_grid
-from benchmarks.rows import Writer
+from benchmarks.rows import Writer, reason_of
 
 OURS, OURS_JIT = "torch_bridge", "mosaic_gpu"
 _GRAPH_WORDS = 1 << 25  # of output in one graph: 128 MB
@@ -133,7 +133,7 @@ def measure_graphs(case: Case, providers: Sequence[peers.Provider]) -> list[dict
             prepared.poison()
             ready.append((provider, prepared, timing.capture_torch(prepared.calls)))
         except Exception as error:  # one provider's failure must not cost the others their run
-            rows.append(failed_row(case, provider, f"{type(error).__name__}: {error}"))
+            rows.append(failed_row(case, provider, reason_of(error)))
     graphs = [(graph, len(prepared.calls)) for _, prepared, graph in ready]
     timings = timing.time_torch_graphs(graphs, replays=_REPLAYS)
     for attempt in range(1, _ATTEMPTS):
@@ -147,7 +147,7 @@ def measure_graphs(case: Case, providers: Sequence[peers.Provider]) -> list[dict
             faults = (differs(case, right, got, provider.promises) for right, got in pairs)
             found = wrong or next(filter(None, faults), "")
         except Exception as error:  # outputs that cannot even be compared
-            found = f"{type(error).__name__}: {error}"
+            found = reason_of(error)
         rows.append(failed_row(case, provider, found) if found else row_of(case, provider, timed))
     return rows
 
@@ -181,7 +181,7 @@ def measure_jit(cases: Sequence[Case], provider: peers.Provider) -> list[dict[st
                 wrong = mismatch(case, expected(case, case.topk_ids(0)), got)
             del results
         except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
+            wrong = reason_of(error)
         if wrong:
             rows.append(failed_row(case, provider, wrong))
             continue

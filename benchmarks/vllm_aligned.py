@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import machine, timing
-from benchmarks.rows import Writer
+from benchmarks.rows import Writer, reason_of
 
 _POISON = -7
 OPS = {"globalize": "fused_globalize_align_block_size", "lora": "moe_lora_align_block_size"}
@@ -227,7 +227,7 @@ def run_size(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             wrong, taken = measure(size, op, stable, options.copies, options.replays)
         except Exception as error:  # one provider's failure leaves the other its time
-            wrong, taken = f"{type(error).__name__}: {error}"[:500], None
+            wrong, taken = reason_of(error), None
         if taken is None or wrong and provider != "vllm":
             rows.append(row | {"status": "failed", "reason": wrong})
             continue

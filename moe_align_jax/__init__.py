@@ -1,4 +1,4 @@
-"""moe_align_jax: the routing core of Mixture-of-Experts models for JAX.
+"""moe_align_jax: the expert layer of Mixture-of-Experts models for JAX.
 
 Names are resolved on first use (PEP 562), so that the jax-free leaves (`moe_align_jax.types`,
 `moe_align_jax._core.checks`) can be imported without jax.

@@ -68,7 +68,8 @@ class ExpertLoad:
         return self.layout.mode if self.layout else None
 
     def recording(self, on: bool) -> "ExpertLoad":
-        """The state with recording switched: a device value. Compiles nothing, waits for nothing."""
+        """The state with recording switched `on` or off (a bool; anything else is a TypeError): a device
+        value. Compiles nothing, waits for nothing."""
         on = checks.check_bool("recording", "on", on, "True records, False does not.")
         return self._controlled([-1, -2], [0, on])
 

@@ -13,11 +13,10 @@ from moe_align_jax._grouped_matmul import (
     arguments,
     config,
     derivative,
-    primitive,
     quantized,
     reference,
 )
-from moe_align_jax._grouped_matmul import choice as why
+from moe_align_jax._grouped_matmul import choice as implementations
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, MatmulProblem, Scales
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
@@ -515,8 +514,7 @@ def select_matmul_implementation(
         scales=Scales("row_major", "blocks") if x.dtype == E4M3 else None,
     )
     platform = select.check_platform(function, platform)
-    choice = primitive.choose(problem, platform, implementation)
-    reasons = why.reasons([problem], choice, implementation, platform)
+    choice, reasons = implementations.choose(function, [problem], platform, implementation)
     if choice == "xla":
         return Selection(choice, "loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()

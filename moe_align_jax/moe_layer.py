@@ -15,8 +15,8 @@ from moe_align_jax._align.arguments import check_expert_map, narrow_count, narro
 from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
-from moe_align_jax._grouped_matmul import choice as why
-from moe_align_jax._grouped_matmul import config, primitive, quantized, token_sum_config
+from moe_align_jax._grouped_matmul import choice as implementations
+from moe_align_jax._grouped_matmul import config, quantized, token_sum_config
 from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
@@ -511,15 +511,8 @@ def select_moe_implementation(
 
 def _selection(problem: LayerProblem, platform: str, implementation: str | None) -> Selection:
     both = (problem.first_forward, problem.second)
-
-    def unavailable(name: str) -> str | None:
-        reasons = [primitive.unavailable(each, name, platform) for each in both]
-        return next(filter(None, reasons), None)
-
-    choice = implementation or ("xla" if unavailable("mosaic_gpu") else "mosaic_gpu")
-    if reason := unavailable(choice):
-        raise select.not_implemented("select_moe_implementation", choice, reason)
-    reasons = why.reasons(both, choice, implementation, platform)
+    function = "select_moe_implementation"
+    choice, reasons = implementations.choose(function, both, platform, implementation)
     blocks = "pairs" if problem.pairs else f"blocks of {problem.block_size}"
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)

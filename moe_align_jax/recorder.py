@@ -283,7 +283,10 @@ class ExpertDistributionRecorder:
         """
         function, current = "with_forward_pass", self._current
         if current.in_pass:
-            raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
+            raise RuntimeError(
+                f"{function}: passes must not nest; got one inside another. "
+                "Leave with_forward_pass before the next pass."
+            )
         if forward_pass_id is not None:
             try:
                 forward_pass_id = checks.index(forward_pass_id)
@@ -339,7 +342,15 @@ class ExpertDistributionRecorder:
             self._disable(-1)
 
     def on_select_experts(self, topk_ids: Any) -> None:
-        """Counts the ids `[num_tokens, top_k]` of the current layer, outside `jit`; -1 is no expert."""
+        """Counts the experts of the current layer's tokens, outside `jit`.
+
+        Args:
+            topk_ids: `[num_tokens, top_k]` integers; -1 is no expert.
+
+        Raises:
+            TypeError: topk_ids are no integers, or are traced.
+            RuntimeError: no pass or no layer is in progress.
+        """
         if self._active:
             layout = self._state.layout
             counts = None

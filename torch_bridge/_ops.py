@@ -22,7 +22,7 @@ from torch_bridge._dlpack_path import run as dlpack_call
 from torch_bridge._specs import AlignSpec, BatchedSpec, SglangSpec, Spec
 
 _NAMESPACE = "moe_align_jax"
-_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")  # kept: the operators live as long
 _COMPLIANT = (torch.Tag.pt2_compliant_tag,)
 _UNSAFE = tuple(t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None)
 
@@ -303,17 +303,20 @@ def dlpack_name(base: str) -> str:
     return f"{name}_dlpack{dot}{overload}"
 
 
+def returns_nothing(*arguments: Any) -> None:
+    """The fake of an operator that writes its results in place."""
+    del arguments
+
+
 def register(
-    library: torch.library.Library,
     base: str,
     schema: str,
     bodies: tuple[Callable[..., Any], Callable[..., Any]],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any] = returns_nothing,
 ) -> None:
     """Defines the operator `base` and its twin.
 
     Args:
-        library: holds their definitions, and must outlive their use.
         base: the operator's name, with `.overload` if it has one.
         schema: arguments and results, as torch writes them.
         bodies: what runs on real tensors: the operator's and its twin's.
@@ -321,19 +324,19 @@ def register(
     """
     names, tags = (base, dlpack_name(base)), (_COMPLIANT, _COMPLIANT + _UNSAFE)
     for name, body, tag in zip(names, bodies, tags, strict=True):
-        library.define(name + schema, tags=tag)
+        _library.define(name + schema, tags=tag)
         for key in ("CPU", "CUDA"):
-            library.impl(name, body, key)
+            _library.impl(name, body, key)
         # Without this the dispatcher copies a lazily negated tensor before the body sees it, and the plan
         # would not say so.
-        library.impl(name, torch.library.fallthrough_kernel, "Negative")
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
+        _library.impl(name, torch.library.fallthrough_kernel, "Negative")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         packet, _, overload = name.partition(".")
         _OPERATORS[name] = getattr(getattr(torch.ops.moe_align_jax, packet), overload or "default")
 
 
 for _base, (_bodies, _fake) in _BODIES.items():
-    register(_library, _base, _SCHEMAS[_base], _bodies, _fake)
+    register(_base, _SCHEMAS[_base], _bodies, _fake)
 
 
 def name_for(base: str, device: torch.device, path: str = "auto") -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from moe_align_jax._router.problem import RouteProblem
-from torch_bridge import _beside, _checks, _ops, _plan, dlpack
+from torch_bridge import _checks, _ops, _plan, _single_launch, dlpack
 from torch_bridge._direct import inplace, problems, store
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._dlpack_path import run as dlpack_call
 
-Key = _beside.Key
+Key = _single_launch.Key
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # What vLLM's ops call the operands, where it is not our name.
 _ARGUMENTS = {"logits": "gating_output", "correction_bias": "e_score_correction_bias"}
@@ -152,7 +152,7 @@ def _problem(
 # -- calls like earlier ones ---------------------------------------------------------------------------
 
 
-calls = _beside.KnownCalls()
+calls = _single_launch.KnownCalls()
 
 
 def repeat(
@@ -193,7 +193,7 @@ def _program(function: str, problem: RouteProblem, logits: torch.Tensor) -> Load
 
     remedy = "Call torch_bridge.vllm.warmup_router with these sizes and options before the capture."
     bucket = problems.route_bucket(problem)
-    return _beside.program_for(function, bucket, logits, kernel.unsupported, remedy)
+    return _single_launch.program_for(function, bucket, logits, kernel.unsupported, remedy)
 
 
 def _launch(
@@ -208,9 +208,9 @@ def _launch(
         given = {name: x.contiguous() for name, x in operands.items()}
         if "correction_bias" in given:
             given["correction_bias"] = given["correction_bias"].to(torch.float32)
-        given = {name: _beside.on_boundary(x) for name, x in given.items()}
+        given = {name: _single_launch.on_boundary(x) for name, x in given.items()}
         targets = {
-            name: _beside.memory_beside(x) if x.data_ptr() % _beside.ALIGNMENT else x
+            name: _single_launch.memory_beside(x) if x.data_ptr() % _single_launch.ALIGNMENT else x
             for name, x in results.items()
         }
         pointers = {name: x.data_ptr() for name, x in {**given, **targets}.items()}
@@ -280,5 +280,4 @@ def write_order(order: torch.Tensor) -> None:
     order.copy_(turn.view(top_k, num_tokens).t())
 
 
-_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
-_ops.register(_library, _OPERATOR, _SCHEMA, _ops.both(_operator), lambda *arguments: None)
+_ops.register(_OPERATOR, _SCHEMA, _ops.both(_operator))

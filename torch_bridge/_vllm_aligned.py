@@ -389,14 +389,8 @@ def _check_data(
 # -- operators -----------------------------------------------------------------------------------
 
 
-def _nothing(*arguments) -> None:
-    """The fake of each: it returns nothing."""
-    del arguments
-
-
-_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
 for _base, _body in (
     ("globalize_align_into", _globalize),
     ("lora_align_into", _align_adapters),
 ):
-    _ops.register(_library, _base, _SCHEMAS[_base], _ops.both(_body), _nothing)
+    _ops.register(_base, _SCHEMAS[_base], _ops.both(_body))

@@ -11,11 +11,11 @@ import torch
 
 from moe_align_jax._align.vllm.problem import AdaptersProblem, ReceivedProblem
 from moe_align_jax._core import checks
-from torch_bridge import _beside
+from torch_bridge import _single_launch
 from torch_bridge._direct import call as direct_call
 from torch_bridge._direct import problems, store
 
-calls = _beside.KnownCalls()
+calls = _single_launch.KnownCalls()
 _REMEDY = "Make a call of this size before the capture."
 _INSTEAD = "torch's operations stand around the alignment"
 _SAME = {"local_ids": "topk_idx"}  # an input and an output that are one piece of memory
@@ -32,7 +32,7 @@ def globalize(
     everyone: int,
     experts: int,
     block_size: int,
-    key: _beside.Key | None,
+    key: _single_launch.Key | None,
 ) -> bool:
     """`fused_globalize_align_block_size`.
 
@@ -87,7 +87,7 @@ def align_adapters(
     adapters: int,
     capacity: int,
     blocks: int,
-    key: _beside.Key | None,
+    key: _single_launch.Key | None,
 ) -> bool:
     """`moe_lora_align_block_size`.
 
@@ -146,7 +146,7 @@ def _launch(
     operands: Mapping[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
     sizes: Mapping[str, int],
-    key: _beside.Key | None,
+    key: _single_launch.Key | None,
     tensors: Mapping[str, torch.Tensor | None],
 ) -> bool:
     """Launches on torch's current stream, if the program can be had.
@@ -157,17 +157,17 @@ def _launch(
     from moe_align_jax._align.vllm import kernel
 
     some = next(iter(written.values()))
-    program = _beside.program_for(
+    program = _single_launch.program_for(
         function, problem, some, kernel.unsupported, _REMEDY, instead=_INSTEAD
     )
     if program is None or sizes["capacity"] > program.max_capacity:
         return False
     with store.here.machine.on_device(some.get_device()):
         given: dict[str, torch.Tensor] = {
-            name: _beside.on_boundary(x.detach().resolve_neg().contiguous())
+            name: _single_launch.on_boundary(x.detach().resolve_neg().contiguous())
             for name, x in operands.items()
         }
-        targets = {name: _beside.on_boundary(x.contiguous()) for name, x in written.items()}
+        targets = {name: _single_launch.on_boundary(x.contiguous()) for name, x in written.items()}
         values: dict[str, Any] = {name: x.data_ptr() for name, x in {**given, **targets}.items()}
         values |= {name: size << 8 for name, size in sizes.items()}
         names = [_SAME.get(name, name) for name in (*problem.inputs, *problem.outputs)]

@@ -20,7 +20,7 @@ from moe_align_jax.types import Implementation
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="The routing core of Mixture-of-Experts models for JAX: moe_align_block_size.",
+    help="The expert layer of Mixture-of-Experts models for JAX and PyTorch.",
 )
 
 

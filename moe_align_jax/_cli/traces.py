@@ -139,18 +139,6 @@ def _num_kernels(events: Iterable[Event]) -> int:
     return sum(not is_host_copy(event) for event in events)
 
 
-def split_at_pauses(events: Sequence[Event], *, pause_ns: float) -> list[list[Event]]:
-    """Cuts time-ordered events wherever the device was idle for at least so long."""
-    parts: list[list[Event]] = []
-    busy_until = 0.0
-    for event in events:
-        if not parts or event.start_ns - busy_until >= pause_ns:
-            parts.append([])
-        parts[-1].append(event)
-        busy_until = max(busy_until, event.end_ns)
-    return parts
-
-
 def annotated(profile: Any, annotation: str) -> list[Event]:
     """The `jax.profiler.TraceAnnotation`s of that name, by the host's clock, in order of start."""
     found = [

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 
 from moe_align_jax._lowering.sharding import vary_together
 
-AxisName = str | tuple[str, ...]
-
 
 def mesh_platform() -> str:
     """ "cpu", "gpu" or "tpu": of the mesh's devices where it has any, else of jax's default backend."""

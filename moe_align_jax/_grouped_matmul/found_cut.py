@@ -22,8 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_align_jax._grouped_matmul import cut_list
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.cut_list import STEP, CutList
+from moe_align_jax._grouped_matmul.found_inline import inline_scalars
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
-from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
+from moe_align_jax._simt.language import WARP, Int, Simt
 
 _I32 = jnp.int32
 SLOTS = 2  # of what is told: the tile that is multiplied, and the next one
@@ -44,28 +45,14 @@ def find(
 
     A launch of another size has fewer blocks than the problem: none is read that is not in use.
     """
-    from moe_align_jax._simt import mosaic
-
     cut = cut_list.of(problem, config.heights, config.exact)
-    sizes = {"sorted_token_ids": (cut.num_rows,), "expert_ids": (cut.num_blocks,)}
-    machine = Kernel(
-        name=f"grouped_matmul_{config.form}",
-        body=lambda t, r: None,
-        inputs=sizes,
-        outputs={"out": problem.out_shape},
-        num_warpgroups=config.computing + 1,
-        num_ctas=config.num_ctas,
-    )
+    shapes = {"sorted_token_ids": (cut.num_rows,), "expert_ids": (cut.num_blocks,)}
 
     def compute(t: Simt, r: SimpleNamespace, *values: Int) -> tuple[Int, ...]:
         return tile_of(t, r, cut, *values)
 
-    return mosaic.inline_scalars(
-        *(machine, compute, FOUND),
-        values=(at, used, limit),
-        sorted_token_ids=ids,
-        expert_ids=experts,
-    )
+    refs = {"sorted_token_ids": ids, "expert_ids": experts}
+    return inline_scalars(problem, config, compute, FOUND, (at, used, limit), shapes, **refs)
 
 
 def tile_of(

@@ -14,7 +14,6 @@ the tensor cores, also where the groups are sorted by their rows.
 """
 
 import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -26,9 +25,10 @@ from moe_align_jax._grouped_matmul import cut_list
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.cut_list import CutList
 from moe_align_jax._grouped_matmul.found_cut import FOUND, share_plainly
+from moe_align_jax._grouped_matmul.found_inline import inline_scalars
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._simt.collectives import warp_inclusive_scan
-from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
+from moe_align_jax._simt.language import WARP, Int, Simt
 
 _I32 = jnp.int32
 
@@ -77,7 +77,8 @@ def find(
     def compute(t: Simt, r: SimpleNamespace, tile: Int) -> tuple[Int, ...]:
         return tile_of(t, r, groups, tile)
 
-    return _inline(problem, config, compute, FOUND, (at,), sizes, offset)
+    shapes, refs = groups.inputs, {"sizes": sizes, "offset": offset}
+    return inline_scalars(problem, config, compute, FOUND, (at,), shapes, **refs)
 
 
 def count(problem: MatmulProblem, config: Config, sizes: Any, offset: Any) -> jax.Array:
@@ -87,32 +88,9 @@ def count(problem: MatmulProblem, config: Config, sizes: Any, offset: Any) -> ja
     def compute(t: Simt, r: SimpleNamespace) -> tuple[Int]:
         return (count_of(t, r, groups),)
 
-    [found] = _inline(problem, config, compute, 1, (), sizes, offset)
+    shapes, refs = groups.inputs, {"sizes": sizes, "offset": offset}
+    [found] = inline_scalars(problem, config, compute, 1, (), shapes, **refs)
     return found
-
-
-def _inline(
-    problem: MatmulProblem,
-    config: Config,
-    compute: Callable[..., tuple[Int, ...]],
-    results: int,
-    values: tuple[jax.Array, ...],
-    sizes: Any,
-    offset: Any,
-) -> list[jax.Array]:
-    """Scalars that whole warpgroups of the product compute."""
-    from moe_align_jax._simt import mosaic
-
-    machine = Kernel(
-        name=f"grouped_matmul_{config.form}",
-        body=lambda t, r: None,
-        inputs=of(problem, config).inputs,
-        outputs={"out": problem.out_shape},
-        num_warpgroups=config.computing + 1,
-        num_ctas=config.num_ctas,
-    )
-    given = {"sizes": sizes, "offset": offset}
-    return mosaic.inline_scalars(machine, compute, results, values=values, **given)
 
 
 class _Scanned(NamedTuple):

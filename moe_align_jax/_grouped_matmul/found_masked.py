@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_align_jax._grouped_matmul.config import Config
+from moe_align_jax._grouped_matmul.found_inline import inline_scalars
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
-from moe_align_jax._simt.language import WARP, Int, Kernel, Simt
+from moe_align_jax._simt.collectives import warp_inclusive_scan
+from moe_align_jax._simt.language import WARP, Int, Simt
 
 _I32 = jnp.int32
 FOUND = 4  # values of a tile
@@ -54,38 +56,24 @@ def units_of(problem: MatmulProblem, config: Config, n_tiles: int) -> Units:
 
 def find(problem: MatmulProblem, config: Config, masked_m: Any, at: jax.Array) -> list[jax.Array]:
     """What `tile_of` says, in the kernel of that problem; `masked_m`: in global memory."""
-    from moe_align_jax._simt import mosaic
 
     def compute(t: Simt, r: SimpleNamespace, at: Int) -> tuple[Int, ...]:
         return tile_of(t, r, problem.num_experts, problem.max_rows, config.bm, at)
 
-    machine = _machine(problem, config)
-    return mosaic.inline_scalars(machine, compute, FOUND, values=(at,), masked_m=masked_m)
+    shapes = {"masked_m": (problem.num_experts,)}
+    return inline_scalars(problem, config, compute, FOUND, (at,), shapes, masked_m=masked_m)
 
 
 def find_unit(
     problem: MatmulProblem, config: Config, n_tiles: int, masked_m: Any, at: jax.Array
 ) -> list[jax.Array]:
     """What `unit_of` says, likewise."""
-    from moe_align_jax._simt import mosaic
 
     def compute(t: Simt, r: SimpleNamespace, at: Int) -> tuple[Int, ...]:
         return unit_of(t, r, units_of(problem, config, n_tiles), at)
 
-    machine = _machine(problem, config)
-    return mosaic.inline_scalars(machine, compute, FOUND_OF_UNIT, values=(at,), masked_m=masked_m)
-
-
-def _machine(problem: MatmulProblem, config: Config) -> Kernel:
-    """The product's kernel, for the language."""
-    return Kernel(
-        name=f"grouped_matmul_{config.form}",
-        body=lambda t, r: None,
-        inputs={"masked_m": (problem.num_experts,)},
-        outputs={"out": problem.out_shape},
-        num_warpgroups=config.computing + 1,
-        num_ctas=config.num_ctas,
-    )
+    shapes = {"masked_m": (problem.num_experts,)}
+    return inline_scalars(problem, config, compute, FOUND_OF_UNIT, (at,), shapes, masked_m=masked_m)
 
 
 def _vote(
@@ -108,12 +96,7 @@ def _vote(
     rows = t.select(inside & (rows > 0), rows, 0)
     rows = t.select(rows < max_rows, rows, max_rows)
     places = count(rows)
-    through = places
-    distance = 1
-    while distance < min(WARP, groups - begin):
-        other = t.shfl_up(through, distance)
-        through = through + t.select(lane >= distance, other, 0)
-        distance *= 2
+    through = warp_inclusive_scan(t, places, lane, min(WARP, groups - begin))
     before = total + through - places
     votes = t.ballot((at >= before) & (at < before + places))
     none = votes.eq(0)

@@ -16,12 +16,6 @@ from moe_align_jax._lowering.primitive import make_primitive, result_like
 from moe_align_jax._lowering.sharding import on_each_shard, vary_together
 
 
-def unavailable(problem: MatmulProblem, implementation: str, platform: str) -> str | None:
-    """Why a named implementation cannot run this for `platform`, or None."""
-    unsupported = functools.partial(config.unsupported, problem)
-    return select.unavailable(implementation, platform, unsupported)
-
-
 def choose(problem: MatmulProblem, platform: str, implementation: str | None) -> str:
     """The implementation that runs; NotImplementedError where the named one cannot."""
     unsupported = functools.partial(config.unsupported, problem)

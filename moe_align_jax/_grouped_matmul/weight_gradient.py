@@ -1,5 +1,7 @@
 """Weight gradients: for each expert lhs^T rhs over its rows. A primitive, and which implementation runs."""
 
+import functools
+
 import jax
 
 from moe_align_jax._grouped_matmul import primitive, reference
@@ -8,12 +10,8 @@ from moe_align_jax._lowering import select
 from moe_align_jax._lowering.primitive import result_like
 
 
-def unavailable(problem: WeightGradient, implementation: str, platform: str) -> str | None:
-    """Why a named implementation cannot run this for `platform`, or None."""
-    if implementation == "xla":
-        return None
-    if reason := select.unavailable(implementation, platform):
-        return reason
+def _unsupported(problem: WeightGradient) -> str | None:
+    """Why the kernel does not take the problem, or None."""
     from moe_align_jax._grouped_matmul import weight_gradient_kernel
 
     return weight_gradient_kernel.cannot(problem)
@@ -21,20 +19,15 @@ def unavailable(problem: WeightGradient, implementation: str, platform: str) -> 
 
 def choose(problem: WeightGradient, platform: str, implementation: str | None) -> str:
     """The implementation that runs; NotImplementedError where the named one cannot."""
-    if implementation is None:
-        return "xla" if unavailable(problem, "mosaic_gpu", platform) else "mosaic_gpu"
-    if reason := unavailable(problem, implementation, platform):
-        raise select.not_implemented(problem.function, implementation, reason)
-    return implementation
+    unsupported = functools.partial(_unsupported, problem)
+    return select.choose(problem.function, platform, implementation, unsupported)
 
 
 def implementation_for(problem: WeightGradient, implementation: str | None) -> str | None:
     """Within a derivative: the named one, if it takes the sizes, which may be others."""
     if implementation in (None, "xla"):
         return implementation
-    from moe_align_jax._grouped_matmul import weight_gradient_kernel
-
-    return "xla" if weight_gradient_kernel.cannot(problem) else str(implementation)
+    return "xla" if _unsupported(problem) else str(implementation)
 
 
 def _abstract(lhs, *rest, problem: WeightGradient, implementation: str | None):

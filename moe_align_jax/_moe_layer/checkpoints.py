@@ -353,7 +353,18 @@ class ExpertWeights:
         *,
         interleaved: bool = False,
     ) -> "ExpertWeights":
-        """Of one of vLLM's `FusedMoE` layers: `[E, 2 N, H]` and `[E, H, N]`, as its Triton kernels take."""
+        """Of one of vLLM's `FusedMoE` layers, as its Triton kernels take the weights.
+
+        Args:
+            w13_weight, w2_weight: `[E, 2 N, H]`, gate then up, and `[E, H, N]`: float arrays of NumPy or jax;
+                or each with its scales, as `(w13_weight, w13_weight_scale_inv)`.
+            w13_bias, w2_bias: `[E, 2 N]` and `[E, H]`, or None.
+            interleaved: whether gate and up are columns in turn, as in gpt-oss.
+
+        Raises:
+            TypeError: an argument is no float array, or `interleaved` no bool.
+            ValueError: the shapes do not fit each other.
+        """
         return cls(w13_weight, w2_weight, w13_bias, w2_bias, True, interleaved)
 
     @classmethod

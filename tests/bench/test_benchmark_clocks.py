@@ -76,7 +76,7 @@ def test_wall_time_is_per_call(monkeypatch):
 
 
 def test_statistics():
-    row = clocks.statistics_of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+    row = rows_of.statistics_of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
     assert row == {"us": 3.5, "p20_us": 2.0, "p80_us": 5.0, "samples": 6}
 
 

@@ -88,7 +88,7 @@ def test_rounds_go_forth_and_back_and_one_that_fails_leaves_the_others(monkeypat
 
     names = ("first", "wrong", "large", "blind")
     monkeypatch.setattr(bench, "providers", lambda *_: {name: prepared(name) for name in names})
-    monkeypatch.setattr(bench, "read_rate", lambda: 1000.0)
+    monkeypatch.setattr(bench.timing, "read_rate", lambda: 1000.0)
     monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
     given = vars(OPTIONS) | {"calls": 1, "rounds": 3}
     rows = {row["provider"]: row for row in bench.run_case(SMALL, argparse.Namespace(**given))}
@@ -103,7 +103,7 @@ def test_rounds_go_forth_and_back_and_one_that_fails_leaves_the_others(monkeypat
 
 
 def test_a_case_prepares_waits_and_measures(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "read_rate", lambda: 1000.0)
+    monkeypatch.setattr(bench.timing, "read_rate", lambda: 1000.0)
     monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
     given = vars(OPTIONS) | {"only": "ours, ragged_dot", "variants": False, "calls": 1, "rounds": 2}
     rows = list(bench.run_case(SMALL, argparse.Namespace(**given)))

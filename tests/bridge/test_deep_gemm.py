@@ -13,7 +13,7 @@ import torch_bridge
 import torch_bridge.deep_gemm as deep_gemm
 from tests.gpu.graphs import capture
 from torch_bridge._direct import store
-from torch_bridge.deep_gemm import direct, products, repeated
+from torch_bridge.deep_gemm import calls, direct, repeated
 from torch_bridge.deep_gemm import scales as layouts
 
 GROUPS, K, N = 4, 256, 192
@@ -257,8 +257,8 @@ def test_a_call_like_an_earlier_one_is_launched_without_checks(layout, masked, f
     if not masked:
         where = torch.tensor([2, 0], dtype=torch.int32).repeat_interleave(128)[:254].clone()
     [where] = on_boundaries(where)
-    checked, checks = products._checked, []
-    monkeypatch.setattr(products, "_checked", lambda *given: checks.append(1) or checked(*given))
+    checked, checks = calls.checked, []
+    monkeypatch.setattr(calls, "checked", lambda *given: checks.append(1) or checked(*given))
     for count in range(1, 4):
         (a, wide_a), (b, wide_b) = make_a(rng, layout, *rows), make_b(rng)
         a, b, d = on_boundaries(a, b, torch.full((*rows, N), 7.0, dtype=torch.bfloat16))
@@ -355,9 +355,10 @@ def test_bfloat16_masked(device):
 def test_nothing_to_multiply():
     rng = np.random.default_rng(6)
     (values, scales), _ = make_a(rng, "row-major", 128)
-    d = torch.empty(0, N, dtype=torch.bfloat16)
-    empty = (values[:0], scales[:0]), make_b(rng)[0], d, torch.empty(0, dtype=torch.int32)
+    behind = torch.full((1, N), 7, dtype=torch.bfloat16)
+    empty = (values[:0], scales[:0]), make_b(rng)[0], behind[:0], torch.empty(0, dtype=torch.int32)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*empty)
+    assert (behind == 7).all()
 
 
 def test_tracers_see_an_operator_that_mutates_d_alone():

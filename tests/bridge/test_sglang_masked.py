@@ -108,8 +108,10 @@ def test_a_view_that_is_not_aligned():
 
 
 def test_no_rows():
-    x, q, scales, masked_m = buffers(2, 0, 128)
-    quant(x, q, scales, 128, masked_m)
+    x, _, _, masked_m = buffers(2, 0, 128)
+    _, q, scales, _ = buffers(2, 1, 128)
+    quant(x, q[:, :0], scales[:, :0], 128, masked_m)
+    assert (q.view(torch.uint8) == UNTOUCHED).all() and (scales == 7).all()
 
 
 def test_a_new_field_of_the_kernel_is_no_option_of_the_function():

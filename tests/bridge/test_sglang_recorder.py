@@ -282,7 +282,7 @@ def test_hooks_run_while_a_graph_is_captured_into_buffers_that_stay(mode, monkey
     replay()
     assert torch.equal(data, before), "neither recording nor capturing"
     with monkeypatch.context() as patch:
-        patch.setattr(sglang_recorder, "_capturing", lambda: True)
+        patch.setattr(sglang_recorder.gather, "capturing", lambda: True)
         replay()
         assert not torch.equal(data, before)
         seen.append(data.data_ptr())

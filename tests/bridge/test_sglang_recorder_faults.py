@@ -352,7 +352,7 @@ def test_a_placement_that_the_buffers_cannot_follow_is_a_clear_error(monkeypatch
     with pytest.raises(RuntimeError, match="init_new"):
         forward(recorder, random_ids(0))
     where.physical_to_logical_map = torch.from_numpy(random_map())
-    monkeypatch.setattr(sglang_recorder, "_capturing", lambda: True)
+    monkeypatch.setattr(sglang_recorder.gather, "capturing", lambda: True)
     hook(recorder, 0, np.zeros((1, 2), int))
     monkeypatch.undo()
     forward(recorder, random_ids(0))

@@ -15,7 +15,7 @@ from moe_align_jax import expert_parallel
 from moe_align_jax._expert_parallel import nvlink_kernels
 from moe_align_jax._expert_parallel.nvlink_kernels import Combine, Dispatch, Field, Send
 from moe_align_jax._expert_parallel.transports import nvlink, peer_access, windows
-from moe_align_jax._simt import emulator, mosaic, window
+from moe_align_jax._simt import emulator, mosaic, mosaic_machine, window
 from moe_align_jax._simt.emulator import faults
 from moe_align_jax._simt.language import Devices, Kernel
 from tests.simt.mutants import WINDOW, Mutant, markers, mutated
@@ -114,13 +114,13 @@ def test_rows_of_few_tokens_carry_their_epoch(monkeypatch):
     """Those of 8 tokens of DeepSeek-V3's size, with no fence; behind those of 128 is a flag."""
     counts = {}
     for name in ("put_tagged", "device_begun", "device_arrive"):
-        real = getattr(mosaic.WindowedMosaic, name)
+        real = getattr(mosaic_machine.WindowedMosaic, name)
 
         def counted(self, *args, real=real, name=name):
             counts[name] = counts.get(name, 0) + 1
             return real(self, *args)
 
-        monkeypatch.setattr(mosaic.WindowedMosaic, name, counted)
+        monkeypatch.setattr(mosaic_machine.WindowedMosaic, name, counted)
     for tokens, tagged in ((8, True), (128, False)):
         send = Send(tokens, 8, (Field(7168, BF16),), Devices(2), 128, True, CODES)
         rows = 2 * tokens * 8

@@ -10,8 +10,7 @@ import pytest
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import found_groups, kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
-from moe_align_jax._simt import emulator
-from moe_align_jax._simt.language import Kernel, Program
+from tests.matmul.found import by_ctas
 
 BLOCK = 144
 HEIGHTS = (144, 136, 128, 120, 104)
@@ -48,30 +47,18 @@ def by_votes(problem: MatmulProblem, config: tiles.Config, case: str) -> list[np
     """The values of each tile, as a CTA finds them in the emulator."""
     groups = found_groups.of(problem, config)
     most = -(-problem.num_rows // BLOCK) + problem.num_groups + 1
-    width = found_groups.FOUND
 
-    def body(t, r):
+    def find(t, r):
         count = found_groups.count_of(t, r, groups)
-        with t.if_(t.thread_id().eq(0)):
-            t.store(r.count, t.cta_id(), count)
         there = t.cta_id() < count
-        values = found_groups.tile_of(t, r, groups, t.select(there, t.cta_id(), 0))
-        with t.if_(t.thread_id().eq(32)):
-            for place, value in enumerate(values):
-                t.store(r.found, t.cta_id() * width + place, value)
+        tile = found_groups.tile_of(t, r, groups, t.select(there, t.cta_id(), 0))
+        return count, *tile
 
-    machine = Kernel(
-        name="found",
-        body=body,
-        inputs=groups.inputs,
-        outputs={"count": (most,), "found": (most * width,)},
-        num_warpgroups=1,
-        num_ctas=most,
-    )
-    program = Program(inputs=groups.inputs, kernels=(machine,), results=("count", "found"))
-    count, found = emulator.run(program, list(operands_of(case)))
+    sizes, offset = operands_of(case)
+    found = by_ctas(find, 1 + found_groups.FOUND, most, sizes=sizes, offset=offset)
+    count, *tiles_of = found.T
     assert (count == count[0]).all() and count[0] <= most
-    return list(found.reshape(most, width)[: count[0]].T)
+    return [values[: count[0]] for values in tiles_of]
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "even"])

@@ -5,26 +5,16 @@ import pytest
 
 from moe_align_jax._grouped_matmul import found_masked, tile_list
 from moe_align_jax._simt import emulator
-from moe_align_jax._simt.language import Kernel, Program
+from tests.matmul.found import by_ctas
 
 
 def found(counts: np.ndarray, max_rows: int, bm: int, most: int) -> np.ndarray:
     """The values of each of `most` tiles, one CTA for each."""
 
-    def body(t, r):
-        values = found_masked.tile_of(t, r, len(counts), max_rows, bm, t.cta_id())
-        with t.if_(t.thread_id().eq(32)):
-            for place, value in enumerate(values):
-                t.store(r.found, t.cta_id() * found_masked.FOUND + place, value)
+    def find(t, r):
+        return found_masked.tile_of(t, r, len(counts), max_rows, bm, t.cta_id())
 
-    sizes = {"masked_m": counts.shape}
-    outputs = {"found": (most * found_masked.FOUND,)}
-    machine = Kernel(
-        name="found", body=body, inputs=sizes, outputs=outputs, num_warpgroups=1, num_ctas=most
-    )
-    program = Program(inputs=sizes, kernels=(machine,), results=("found",))
-    [values] = emulator.run(program, [counts])
-    return values.reshape(most, found_masked.FOUND)
+    return by_ctas(find, found_masked.FOUND, most, masked_m=counts)
 
 
 @pytest.mark.parametrize("groups", [1, 6, 31, 32, 33, 70])

@@ -10,8 +10,7 @@ from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul import found_masked, kernel
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
-from moe_align_jax._simt import emulator
-from moe_align_jax._simt.language import Kernel, Program
+from tests.matmul.found import by_ctas
 
 TALL = tiles.Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True, finds=True)
 TALL = TALL._replace(ahead=True, sharing=2, by_expert=True)
@@ -65,25 +64,11 @@ def test_units_are_found_in_order(name, group, n_tiles, config):
     units = wanted(counts, config, n_tiles)
     masked_m, size = np.array(counts, np.int32), max(1, len(units))
 
-    def body(t, r):
+    def find(t, r):
         given = found_masked.units_of(problem, config, n_tiles)
-        values = found_masked.unit_of(t, r, given, t.cta_id())
-        with t.if_(t.thread_id().eq(32)):
-            for place, value in enumerate(values):
-                t.store(r.found, t.cta_id() * found_masked.FOUND_OF_UNIT + place, value)
+        return found_masked.unit_of(t, r, given, t.cta_id())
 
-    machine = Kernel(
-        name="found",
-        body=body,
-        inputs={"masked_m": masked_m.shape},
-        outputs={"found": (size * found_masked.FOUND_OF_UNIT,)},
-        num_warpgroups=1,
-        num_ctas=size,
-    )
-    sizes = {"masked_m": masked_m.shape}
-    program = Program(inputs=sizes, kernels=(machine,), results=("found",))
-    [found] = emulator.run(program, [masked_m])
-    found = found.reshape(size, found_masked.FOUND_OF_UNIT)
+    found = by_ctas(find, found_masked.FOUND_OF_UNIT, size, masked_m=masked_m)
     assert (found[:, -1] == len(units)).all()
     assert [tuple(row) for row in found[: len(units), :-1].tolist()] == units
     for at in {0, len(units) // 2, max(0, len(units) - 1)}:

@@ -24,7 +24,7 @@ from moe_align_jax._grouped_matmul import cut_list, found_cut, kernel, launch, r
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
-from moe_align_jax._simt.language import Kernel, Program
+from tests.matmul.found import by_ctas
 
 ROOT = Path(__file__).parents[2]
 TALL = tiles.Config("swap", 192, 256, 64, 3, lag=1)
@@ -131,26 +131,13 @@ class _Memory:
 
 def found_by_votes(cut: cut_list.CutList, where: Made, used: int) -> list[np.ndarray]:
     """The values of each tile, as a CTA finds them in the emulator."""
-    sizes = {"sorted_token_ids": where.ids.shape, "expert_ids": where.experts.shape}
 
-    def body(t, r):
+    def find(t, r):
         limit = cut_list.limit_of(t, cut, r.sorted_token_ids)
-        values = found_cut.tile_of(t, r, cut, t.cta_id(), t.const(used), limit)
-        with t.if_(t.thread_id().eq(32)):
-            for place, value in enumerate(values):
-                t.store(r.found, t.cta_id() * found_cut.FOUND + place, value)
+        return found_cut.tile_of(t, r, cut, t.cta_id(), t.const(used), limit)
 
-    machine = Kernel(
-        name="found",
-        body=body,
-        inputs=sizes,
-        outputs={"found": (used * found_cut.FOUND,)},
-        num_warpgroups=1,
-        num_ctas=used,
-    )
-    program = Program(inputs=sizes, kernels=(machine,), results=("found",))
-    [found] = emulator.run(program, [where.ids, where.experts])
-    return list(found.reshape(used, found_cut.FOUND).T)
+    given = {"sorted_token_ids": where.ids, "expert_ids": where.experts}
+    return list(by_ctas(find, found_cut.FOUND, used, **given).T)
 
 
 LONG = [(e, p) for e, c in enumerate((31, 32, 33, 64, 97)) for p in [144] * c + [1 + e]]

@@ -11,6 +11,7 @@ output's last line. An "error" of the whole answer is "for_every_program" where 
 it too, as when the compiler is missing; without that word it may pass, as a lack of memory does.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -21,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -317,33 +318,62 @@ def compare_with_numpy(
     else:
         examples = [selftest.batched_example(problem, seed) for seed in range(2)]
     for example in examples:
-        buffers: dict[str, Any] = {}
-        try:
-            for name, shape in shapes.items():
-                if name in example.sizes:
-                    continue
-                if name in example.inputs:
-                    buffers[name] = driver.Memory(machine_driver, example.inputs[name].nbytes)
-                    buffers[name].write(example.inputs[name])
-                else:
-                    is_output = name in problem.outputs
-                    words = example.expected[name].size if is_output else np.prod(shape)
-                    buffers[name] = driver.Memory(machine_driver, 4 * int(words))
-                    buffers[name].fill(_UNWRITTEN)
-            values = {name: memory.address for name, memory in buffers.items()}
-            values |= {name: size << 8 for name, size in example.sizes.items()}
-            launches.values[:] = [values.get(name, 0) for name in names]
-            launches.enqueue(0)
-            machine_driver.synchronize()
+        inputs = {name: array for name, array in example.inputs.items() if name in shapes}
+        rest = {n: shape for n, shape in shapes.items() if n not in {**inputs, **example.sizes}}
+        words = {
+            name: example.expected[name].size if name in problem.outputs else np.prod(shape)
+            for name, shape in rest.items()
+        }
+        outputs = {name: 4 * int(count) for name, count in words.items()}
+        buffers = inputs, outputs, example.sizes
+        with _launched(driver, machine_driver, launches, names, *buffers) as read:
             for name in problem.outputs:
                 want = example.expected[name]
-                got = buffers[name].read(np.empty(want.shape, np.int32))
+                got = read(name, np.empty(want.shape, np.int32))
                 if (wrong := np.flatnonzero(got != want)).size:
                     at = int(wrong[0])
                     raise CompileError(f"{problem} gives {name}[{at}] = {got[at]}, not {want[at]}")
-        finally:
-            for memory in buffers.values():
-                memory.free()
+
+
+@contextlib.contextmanager
+def _launched(
+    driver: Any,
+    machine_driver: Any,
+    launches: Any,
+    names: Sequence[str],
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, int],
+    sizes: Mapping[str, int],
+    aliases: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[str, Any], Any]]:
+    """Launches a program once. What it yields, `read(name, into)`, fetches the beginning of a buffer.
+
+    Args:
+        driver, machine_driver: as for `compare_with_numpy`.
+        launches: the program's.
+        names: of its values, in order.
+        inputs: an array for each buffer that is written before; in memory of whole words.
+        outputs: bytes of each other buffer.
+        sizes: numbers that the launch gives.
+        aliases: values that are one piece of memory with a buffer.
+    """
+    buffers: dict[str, Any] = {}
+    try:
+        for name, size in {**{n: a.nbytes for n, a in inputs.items()}, **outputs}.items():
+            buffers[name] = driver.Memory(machine_driver, -(-size // 4) * 4)
+            buffers[name].fill(_UNWRITTEN)
+        for name, array in inputs.items():
+            buffers[name].write(array)
+        held = buffers | {name: buffers[other] for name, other in (aliases or {}).items()}
+        values = {name: memory.address for name, memory in held.items()}
+        values |= {name: size << 8 for name, size in sizes.items()}
+        launches.values[:] = [values[name] for name in names]
+        launches.enqueue(0)
+        machine_driver.synchronize()
+        yield lambda name, into: held[name].read(into)
+    finally:
+        for memory in buffers.values():
+            memory.free()
 
 
 def _compare_masked_quant(
@@ -352,21 +382,10 @@ def _compare_masked_quant(
     """`compare_with_numpy` of the masked quantisation, whose self-test stands beside its kernel."""
     from moe_align_jax._masked_quant import selftest
 
-    given, buffers = selftest.arrays(problem), {}
-    try:
-        for name, array in given.items():
-            buffers[name] = driver.Memory(machine_driver, array.nbytes)
-            buffers[name].write(array)
-        for name, size in selftest.sizes(problem, given).items():
-            buffers[name] = driver.Memory(machine_driver, size)
-            buffers[name].fill(_UNWRITTEN)
-        launches.values[:] = [buffers[name].address for name in names]
-        launches.enqueue(0)
-        machine_driver.synchronize()
-        wrong = selftest.mismatch(problem, given, lambda name, into: buffers[name].read(into))
-    finally:
-        for memory in buffers.values():
-            memory.free()
+    given = selftest.arrays(problem)
+    buffers = given, selftest.sizes(problem, given), {}
+    with _launched(driver, machine_driver, launches, names, *buffers) as read:
+        wrong = selftest.mismatch(problem, given, read)
     if wrong:
         raise CompileError(f"{problem}: {wrong}")
 
@@ -379,21 +398,9 @@ def _compare_route(
 
     tokens = selftest.num_tokens(problem)
     given, got = selftest.arrays(problem, tokens), selftest.empty(problem, tokens)
-    values, buffers = {"num_tokens": tokens << 8}, {}
-    try:
-        for name, array in {**given, **got}.items():
-            buffers[name] = driver.Memory(machine_driver, -(-array.nbytes // 4) * 4)
-            buffers[name].fill(_UNWRITTEN)
-            if name in given:
-                buffers[name].write(array)
-            values[name] = buffers[name].address
-        launches.values[:] = [values[name] for name in names]
-        launches.enqueue(0)
-        machine_driver.synchronize()
-        wrong = selftest.mismatch(problem, given, {n: buffers[n].read(x) for n, x in got.items()})
-    finally:
-        for memory in buffers.values():
-            memory.free()
+    buffers = given, {name: x.nbytes for name, x in got.items()}, {"num_tokens": tokens}
+    with _launched(driver, machine_driver, launches, names, *buffers) as read:
+        wrong = selftest.mismatch(problem, given, {name: read(name, x) for name, x in got.items()})
     if wrong:
         raise CompileError(f"{problem}: {wrong}")
 
@@ -417,30 +424,16 @@ def _compare_beside(
         from moe_align_jax._grouped_matmul import direct_selftest as selftest
     module: Any = selftest  # each has examples of a class of its own
     for example in module.examples(problem):
-        buffers: dict[str, Any] = {}
-        try:
-            for name, array in example.inputs.items():
-                buffers[name] = driver.Memory(machine_driver, array.nbytes)
-                buffers[name].write(array)
-            aliases = getattr(example, "aliases", {})
-            for name, shape in shapes.items():
-                if name not in {**buffers, **example.sizes, **aliases}:
-                    size = example.outputs.get(name, 4 * int(np.prod(shape)))
-                    buffers[name] = driver.Memory(machine_driver, size)
-                    buffers[name].fill(_UNWRITTEN)
-            values = {name: memory.address for name, memory in buffers.items()}
-            values |= {name: size << 8 for name, size in example.sizes.items()}
-            values |= {name: values[other] for name, other in aliases.items()}
-            launches.values[:] = [values[name] for name in shapes]
-            launches.enqueue(0)
-            machine_driver.synchronize()
-            held = buffers | {name: buffers[other] for name, other in aliases.items()}
-            wrong = module.mismatch(
-                problem, example, lambda name, into, held=held: held[name].read(into)
-            )
-        finally:
-            for memory in buffers.values():
-                memory.free()
+        aliases = getattr(example, "aliases", {})
+        known = {**example.inputs, **example.sizes, **aliases}
+        outputs = {
+            name: example.outputs.get(name, 4 * int(np.prod(shape)))
+            for name, shape in shapes.items()
+            if name not in known
+        }
+        buffers = example.inputs, outputs, example.sizes, aliases
+        with _launched(driver, machine_driver, launches, list(shapes), *buffers) as read:
+            wrong = module.mismatch(problem, example, read)
         if wrong:
             raise CompileError(f"{problem}: {wrong}")
 

@@ -18,7 +18,6 @@ from torch_bridge._direct.call import Buffers
 from torch_bridge._direct.problems import MAX_CAPACITY
 from torch_bridge._specs import AlignSpec, BatchedSpec, SglangSpec, Spec
 
-_library = torch.library.Library("moe_align_jax", "FRAGMENT")
 _REMEDY = "Pass the int32 buffers that the op shall fill, from torch.empty."
 
 # What the peers' ops call the buffers, where it is not the name of the result.
@@ -210,15 +209,10 @@ def _batched_block_align_into(path, expert_num_tokens, max_tokens_per_batch, blo
     _run(path, spec, {"expert_num_tokens": expert_num_tokens}, buffers)
 
 
-def _nothing(*arguments) -> None:
-    """The fake of each: it returns nothing."""
-    del arguments
-
-
 _BODIES = {
     "block_align_into": _block_align_into,
     "sglang_block_align_into": _sglang_block_align_into,
     "batched_block_align_into": _batched_block_align_into,
 }
 for _base, _body in _BODIES.items():
-    _ops.register(_library, _base, _SCHEMAS[_base], _ops.both(_body), _nothing)
+    _ops.register(_base, _SCHEMAS[_base], _ops.both(_body))

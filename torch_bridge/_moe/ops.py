@@ -124,18 +124,13 @@ def _layer_fake(*arguments):
     return results
 
 
-def _nothing_fake(*arguments):
-    del arguments
-
-
-_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
 for _name, _schema, _body, _fake in (
     ("grouped_matmul", f"{_MATMUL} -> Tensor", _matmul, _matmul_fake),
-    ("grouped_matmul_into", _with_out(_MATMUL), _matmul_out, _nothing_fake),
+    ("grouped_matmul_into", _with_out(_MATMUL), _matmul_out, _ops.returns_nothing),
     ("fused_moe", f"{_LAYER} -> Tensor[]", _layer, _layer_fake),
-    ("fused_moe_into", _with_out(_LAYER), _layer_out, _nothing_fake),
+    ("fused_moe_into", _with_out(_LAYER), _layer_out, _ops.returns_nothing),
 ):
-    _ops.register(_library, _name, _schema, _ops.both(_body), _fake)
+    _ops.register(_name, _schema, _ops.both(_body), _fake)
 
 
 def _arguments(call: Matmul | Layer, operands: dict[str, torch.Tensor]) -> tuple[Any, ...]:

@@ -203,7 +203,7 @@ def _launch(
 
 # What a call is known by: shapes and the caller's options.
 type Key = tuple[Any, ...]
-_MAX_KNOWN, _MAX_APART = 1 << 12, 64
+_MAX_KNOWN = 1 << 12
 type Bound = direct.BoundLayer | direct.BoundMatmul
 
 
@@ -250,40 +250,24 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
         return None
     wants_gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_nested:
+        if type(tensor) not in fast_path.PLAIN or tensor.is_nested:
             return None
         if wants_gradients and tensor.requires_grad:
             return None
     bound = known.bound
     if known.programs.machine.current_device() != bound.device or not known.matches(*tensors):
         return None
-    pointers = [tensor.data_ptr() for tensor in tensors]
+    pointers = tuple([tensor.data_ptr() for tensor in tensors])
     for pointer, mask in zip(pointers, known.masks, strict=True):
         if pointer & mask:
             return None
     if not known.has_out:
         return bound.run_plain(pointers)
-    if not _out_is_apart(known, tuple(pointers)):
+    if pointers not in known.apart and not fast_path.last_is_apart(
+        known.apart, pointers, known.sizes
+    ):
         return None
     return bound.run_plain(pointers[:-1], tensors[-1])
-
-
-def _out_is_apart(known: _Known, pointers: tuple[int, ...]) -> bool:
-    """Whether the last one, the result, shares no byte with another."""
-    if pointers in known.apart:
-        return True
-    first = pointers[-1]
-    end = first + known.sizes[-1]
-    for pointer, size in zip(pointers[:-1], known.sizes, strict=False):
-        if first < pointer + size and pointer < end:
-            return False
-    if len(known.apart) >= _MAX_APART:
-        known.apart.clear()
-    known.apart.add(pointers)
-    return True
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _remember(
@@ -299,7 +283,7 @@ def _remember(
         tensors.append(out)
         masks.append(bound.needed["out"] - 1)
     for tensor, mask in zip(tensors, masks, strict=True):
-        if type(tensor) not in _PLAIN or direct.copy_reason(tensor, mask + 1):
+        if type(tensor) not in fast_path.PLAIN or direct.copy_reason(tensor, mask + 1):
             return
     if len(_known) >= _MAX_KNOWN:
         _known.clear()

@@ -14,8 +14,7 @@ import torch
 
 from torch_bridge._direct import fast_path, store
 
-_MAX_KNOWN, _MAX_APART = 1024, 64
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_MAX_KNOWN = 1024
 
 
 class _Known(NamedTuple):
@@ -86,7 +85,7 @@ def repeat(options: tuple[Any, ...], tensors: Sequence[Any]) -> bool:
     if not fast_path.open_to_all() or not _known:
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_nested:
+        if type(tensor) not in fast_path.PLAIN or tensor.is_nested:
             return False
     known = _known.get((options, tensors[0].shape, tensors[1].shape))
     if known is None or known.programs is not store.here:
@@ -102,21 +101,11 @@ def repeat(options: tuple[Any, ...], tensors: Sequence[Any]) -> bool:
         storage = tensors[which].untyped_storage()
         if pointers[which] + needed > storage.data_ptr() + storage.nbytes():
             return False
-    if pointers not in known.apart and not _d_is_apart(known, pointers):
+    if pointers not in known.apart and not fast_path.last_is_apart(
+        known.apart, pointers, known.spans
+    ):
         return False
     known.launch(*known.pick(known.numbers + pointers))
-    return True
-
-
-def _d_is_apart(known: _Known, pointers: tuple[int, ...]) -> bool:
-    *others, first = pointers
-    end = first + known.spans[-1]
-    for pointer, span in zip(others, known.spans, strict=False):
-        if first < pointer + span and pointer < end:
-            return False
-    if len(known.apart) >= _MAX_APART:
-        known.apart.clear()
-    known.apart.add(pointers)
     return True
 
 
@@ -134,7 +123,7 @@ def remember(
         launched: what the program got.
         scales: which of the tensors has scales that lie in columns.
     """
-    if any(type(tensor) not in _PLAIN for tensor in tensors):
+    if any(type(tensor) not in fast_path.PLAIN for tensor in tensors):
         return
     which = {tensor.data_ptr(): k for k, tensor in enumerate(tensors)}
     if len(which) < len(tensors) or not set(launched.pointers.values()) <= set(which):

@@ -77,6 +77,16 @@ def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = 
 def get_tma_aligned_size(x: int, element_size: int) -> int:
     """x in steps of 16 bytes: what a pitch must be for TMA.
 
+    Args:
+        x: a number of elements.
+        element_size: bytes of each, 1, 2, 4, 8 or 16.
+
+    Returns:
+        The least number of elements that is not below x and whose bytes are a multiple of 16.
+
+    Raises:
+        TypeError, ValueError: an argument is no such number.
+
     Example:
         >>> get_tma_aligned_size(5, 4)
         8

@@ -294,5 +294,4 @@ def _scale_layout(scales: torch.Tensor) -> str:
     raise ValueError(checks.message(_FUNCTION, "output_scale", rule, what, remedy))
 
 
-_library = torch.library.Library("moe_align_jax", "FRAGMENT")  # kept: the operators live as long
-_ops.register(_library, _OPERATOR, _SCHEMA, _ops.both(_operator), lambda *arguments: None)
+_ops.register(_OPERATOR, _SCHEMA, _ops.both(_operator))

@@ -189,10 +189,12 @@ class ExpertDistributionRecorder:
         yield {}
 
     def on_select_experts(self, topk_ids: torch.Tensor) -> None:
-        """The physical ids `[num_tokens, top_k]` of the current layer; ids out of range do not count."""
+        """Counts `topk_ids` `[num_tokens, top_k]`, physical ids of the current layer, of any integer dtype;
+        ids out of range do not count."""
 
     def on_tokens_per_expert(self, tokens_per_expert: torch.Tensor) -> None:
-        """Instead of `on_select_experts`: `[Ep]` counts of `torch_bridge.align_blocks`. One addition."""
+        """Instead of `on_select_experts`: `tokens_per_expert` `[Ep]` int32 of `torch_bridge.align_blocks`.
+        One addition."""
 
     def get_current_pass_count_buffer(self, layer_idx: int) -> torch.Tensor | None:
         """`[Ep]` int32 of a layer that a fused kernel may add to; None when nothing is recorded."""
@@ -205,10 +207,11 @@ class ExpertDistributionRecorder:
         num_tokens_per_rdma_rank: Any,
         num_tokens_per_expert: Any,
     ) -> None:
-        """What DeepEP's normal dispatch reports: a list per local expert, and its layout."""
+        """What DeepEP's normal dispatch reports: `local_physical_count_of_layer`, a count for each of the `e`
+        local experts. Its layout, the other three, is not needed."""
 
     def on_deepep_dispatch_low_latency(self, local_physical_count_of_layer: torch.Tensor) -> None:
-        """`masked_m` of DeepEP's low-latency dispatch: `[e]` integers."""
+        """`local_physical_count_of_layer`: `masked_m` `[e]`, integers, of DeepEP's low-latency dispatch."""
 
     def start_record(self) -> None:
         """Clears what was recorded, and starts."""
@@ -244,6 +247,7 @@ class ExpertDistributionRecorder:
 
     @property
     def recording(self) -> bool:
+        """Whether passes are recorded now."""
         return False
 
     def _refuse(self, function: str) -> None:
@@ -312,7 +316,10 @@ class _Recorder(ExpertDistributionRecorder):
         with self._lock:
             self._own(function)
             if self._thread is not None:
-                raise RuntimeError(f"{function}: passes must not nest; got one inside another.")
+                raise RuntimeError(
+                    f"{function}: passes must not nest; got one inside another. "
+                    "Leave with_forward_pass before the next pass."
+                )
             self._thread = threading.get_ident()
         try:
             with self._lock:
@@ -377,14 +384,15 @@ class _Recorder(ExpertDistributionRecorder):
 
     def _wanted(self) -> bool:
         """Also while a CUDA graph is captured: its replays record when recording is on."""
-        capturing = not self._disabled and _capturing()
+        capturing = not self._disabled and gather.capturing()
         if self._disabled or not (self._recording or capturing):
             return False
         self._own("ExpertDistributionRecorder")
         self._captured |= capturing
         if self._layer is None:
             raise RuntimeError(
-                "ExpertDistributionRecorder: a hook must be called in with_current_layer; got no layer."
+                "ExpertDistributionRecorder: a hook must be called in with_current_layer; got no layer. "
+                "It says which layer to write."
             )
         return True
 
@@ -397,7 +405,7 @@ class _Recorder(ExpertDistributionRecorder):
             self._gatherer.on_tokens_per_expert(self._layer or 0, tokens_per_expert)
 
     def get_current_pass_count_buffer(self, layer_idx: int) -> torch.Tensor | None:
-        function, capturing = "get_current_pass_count_buffer", _capturing()
+        function, capturing = "get_current_pass_count_buffer", gather.capturing()
         if self._disabled or not (self._recording or capturing):
             return None
         self._captured |= capturing
@@ -505,7 +513,3 @@ def set_global_expert_distribution_recorder(value: ExpertDistributionRecorder) -
     """Sets the recorder of this process."""
     global _global
     _global = value
-
-
-def _capturing() -> bool:
-    return gather.capturing()

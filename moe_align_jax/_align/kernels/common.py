@@ -78,6 +78,20 @@ class Slice:
         return self.t.if_(condition & (index - self.base).below(self.length))
 
 
+def fill_slices(
+    t: Simt, r: SimpleNamespace, problem: AlignProblem, sizes: Sizes, *, vector: bool
+) -> tuple[Slice, Slice, Slice]:
+    """This CTA's slices of `sorted_token_ids`, `expert_ids` and `tokens_per_expert`, filled with what they
+    hold where no pair is: n, -1 and 0. Without counts the last one is empty."""
+    rows, blocks = Slice(t, sizes.capacity), Slice(t, sizes.num_blocks)
+    counts = Slice(t, problem.num_experts if problem.return_counts else 0)
+    rows.fill(r.sorted_token_ids, sizes.num_pairs, vector=vector)
+    blocks.fill(r.expert_ids, -1, vector=vector)
+    if problem.return_counts:
+        counts.fill(r.tokens_per_expert, 0, vector=vector)
+    return rows, blocks, counts
+
+
 def bin_bits(num_bins: int) -> tuple[int, bool]:
     """(bits of a bin number below `num_bins`, whether every value of that many bits is a bin)."""
     bits = (num_bins - 1).bit_length()

@@ -50,13 +50,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
         with t.if_(mine):
             t.store(r.experts, pair, expert)
 
-        rows = common.Slice(t, sizes.capacity)
-        blocks = common.Slice(t, sizes.num_blocks)
-        counts = common.Slice(t, problem.num_experts if problem.return_counts else 0)
-        rows.fill(r.sorted_token_ids, n, vector=vector)
-        blocks.fill(r.expert_ids, -1, vector=vector)
-        if problem.return_counts:
-            counts.fill(r.tokens_per_expert, 0, vector=vector)
+        rows, blocks, counts = common.fill_slices(t, r, problem, sizes, vector=vector)
         # mutant: the others are read before all are there
         t.block_sync()
 

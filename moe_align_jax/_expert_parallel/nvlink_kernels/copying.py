@@ -12,7 +12,7 @@ MIN_SMS = 114
 MAX_CTAS = 2 * MIN_SMS  # of one warpgroup, whose threads may have all registers they like
 
 
-def pieces(t: Simt, fields: Sequence[Field], thread: Int, threads: int) -> Iterator[Piece]:
+def pieces(fields: Sequence[Field], thread: Int, threads: int) -> Iterator[Piece]:
     """The moves of thread `thread` of `threads` that copy a row of all fields together."""
     for number, field in enumerate(fields):
         width = field.width

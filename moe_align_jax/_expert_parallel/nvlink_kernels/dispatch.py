@@ -252,7 +252,7 @@ class _Dispatcher:
     def _take_ids(self, thread: Int, also: Places) -> tuple[Held, list[tuple[Int, ...]]]:
         """The thread's share of all ids; and what else is to be taken, with the first of them."""
         t, held, others = self.t, [], []
-        share = copying.pieces(t, [Field(self.problem.num_pairs, INT32)], thread, WARPGROUP)
+        share = copying.pieces([Field(self.problem.num_pairs, INT32)], thread, WARPGROUP)
         # Half as many at a time as fit into registers: each has its address, too, until it has come.
         for batch in row_words.batches(share, 2):
             places = [(t.select(piece.inside, piece.first, 0), piece.width) for piece in batch]
@@ -411,7 +411,7 @@ class _Dispatcher:
             other, any_used = t.select(there, here, other), any_used | there
         given = [t.select(there, here, other) for here, there in zip(units, used, strict=True)]
         thread = self.thread & (self.copying - 1)
-        pieces = list(copying.pieces(t, fields, thread, self.copying))
+        pieces = list(copying.pieces(fields, thread, self.copying))
         share = [(number, piece) for number in range(len(found)) for piece in pieces]
         with t.if_(any_used):
             for start in range(0, len(share), row_words.MOST_HELD):

@@ -20,7 +20,7 @@ def build(problem: ReturnRows) -> Kernel:
 
         def one(token: Int) -> None:
             target = (t.rank() * problem.num_tokens + token) * field.words
-            all_pieces = copying.pieces(t, [field], t.thread_id(), WARPGROUP)
+            all_pieces = copying.pieces([field], t.thread_id(), WARPGROUP)
             for batch in row_words.batches(all_pieces, count):
                 held = [
                     [

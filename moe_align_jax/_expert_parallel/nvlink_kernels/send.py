@@ -83,7 +83,7 @@ class Sender:
         t, problem = self.t, self.problem
         token = unit // self.parts if self.parts > 1 else unit
         # All loads first: none waits for another.
-        batches = row_words.batches(copying.pieces(t, self.fields, self.thread, WARPGROUP))
+        batches = row_words.batches(copying.pieces(self.fields, self.thread, WARPGROUP))
         held = [self._load(batches[0], unit)]
         routes = self._load_routes(token) if problem.routing else []
         ids = [t.load(self.r.topk_ids, token * problem.top_k + k) for k in range(problem.top_k)]

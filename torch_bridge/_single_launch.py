@@ -1,4 +1,4 @@
-"""What launches beside the alignment share: a problem's program, known calls, memory on the boundary."""
+"""What ops of a single launch share, the alignment aside: a program, known calls, memory on the boundary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -104,7 +104,7 @@ class KnownCalls:
             return False
         there = [x for x in tensors if x is not None]
         for tensor in there:
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
+            if type(tensor) not in fast_path.PLAIN or tensor.is_nested:
                 return False
         try:
             known = self._known.get(_full_key(key, tensors))
