@@ -510,6 +510,7 @@ def build(
                 num_ctas=tiles.num_ctas,
             )
             plgpu.commit_smem()  # all threads of the warpgroup have noted them
+        any_dealt = dealt.begin > tiles.num_ctas
         if used_ref is None and not level:
             rounds, rest_of_round = divmod(total, tiles.num_ctas)
         else:
@@ -520,15 +521,10 @@ def build(
 
         def tile_at(i):
             """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
-            if not level:
-                t = i * tiles.num_ctas + place_in_round(i)
+            if level:
+                t = lax.cond(any_dealt, lambda: leveled(i), lambda: in_round(i))
             else:
-                i -= dealt.listed
-                t = lax.cond(
-                    i < 0,
-                    lambda: lists[0][own_list + dealt.listed + i],
-                    lambda: of_rounds(i),
-                )
+                t = in_round(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
             m, n = kernel.in_groups(tiles.group, rest, m_tiles, n_tiles)
@@ -537,21 +533,30 @@ def build(
             steps = lax.div(count + (bk - 1), _I32(bk))
             return expert, m, n, first, first + count, steps
 
-        def of_rounds(i):
-            """The i-th of this CTA's tiles behind those that were dealt."""
-            half = lax.div(i, _I32(2))
-            ends = jnp.where(lax.rem(i, _I32(2)) == 1, rounds - 1 - half, half)
-            i = jnp.where((i < rounds) & (dealt.begin > tiles.num_ctas), ends, i)
-            return dealt.begin + i * tiles.num_ctas + place_in_round(i)
+        def leveled(i):
+            """The i-th of this CTA's tiles, where some were dealt."""
+            back = i - dealt.listed  # a round of those that were not
+            half = lax.div(back, _I32(2))
+            ends = jnp.where(lax.rem(back, _I32(2)) == 1, rounds - 1 - half, half)
+            back = jnp.where(back < rounds, ends, back)
+            return lax.cond(
+                i < dealt.listed,
+                lambda: lists[0][own_list + i],
+                lambda: dealt.begin - tiles.num_ctas + in_round(back + 1),
+            )
+
+        def in_round(i):
+            """The tile of round i, where each CTA has one in each."""
+            return i * tiles.num_ctas + place_in_round(i)
 
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
-            turn = i + 1 if level else i
-            forth = turn == 0 if tiles.back else lax.rem(turn, _I32(2)) == 0
+            forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
             return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
 
         last_round = _I32(rounds)
-        mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
+        at_last = place_in_round(last_round + 1 if level else last_round)
+        mine = last_round + (at_last < rest_of_round).astype(_I32)
         if level:
             mine += dealt.listed
 
