@@ -243,7 +243,7 @@ def variants(size: Product) -> list[Any]:
     if size.kind == "weight gradient":
         usual = Tiles(short=True)
         more: list[dict[str, Any]] = [{"late": False}, {"lag": 1}, {"back": True}]
-        more += [{"group": 8}, {"group": 16}, {"short": False}]
+        more += [{"group": 8}, {"group": 16}, {"short": False}, {"level": True}]
         return [None, *(usual._replace(**each) for each in more)]
     late = Config("m", 128, 256, 64, 4, late=True)
     return [None, late._replace(late=False, group=8), *(late._replace(group=g) for g in (4, 8, 16))]

@@ -4,7 +4,8 @@ A persistent CTA has two warpgroups that multiply and one that loads, as the ker
 is bm columns of lhs by bn of rhs, and a stage of the ring has bk rows of both: wgmma reads lhs as its first
 operand with the columns as rows, so that nothing is transposed in memory. Experts have any number of rows;
 those with the most come first, and the CTAs take tiles in turn, forth and back, so that all have about as
-many rows. An expert without rows gets zeros.
+many rows. Where a hot expert's tiles make some CTAs late, the others take more tiles (`deal`). An expert
+without rows gets zeros.
 
 The kernel reads an expert's rows from the first to the last. Where they may not follow each other (a caller's
 alignment, an expert map that gives two experts one local id) that is tested on the device, and the loop of
@@ -51,6 +52,9 @@ _TILES_PER_CTA = (
     4  # about as many tiles as this has each CTA if one expert has all rows, cut into pieces
 )
 _STEPS_OF_PIECE = 8  # a piece has at least so many
+_CLASSES = 4  # of CTAs, by the expert of their first tile
+_LISTED = 64  # tiles of a CTA that `deal` lists, at most
+_ROWS_OF_TILE = 96  # the time that a tile takes beside that of its rows, in rows
 # On an H200, 2026-11-29, 16384 rows, 8 experts, us, device span under jit:
 #   4096 x 28672: all n tiles of an m tile, then the next 6191, in groups of 8 4914, of 16 4779;
 #     rows gathered by the kernel 6864 and in groups of 16 5813, gathered before it 4855
@@ -76,6 +80,10 @@ class Tiles(NamedTuple):
         back: the CTAs take the first round of tiles forth and all others back, so that who had a tile of the
             expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
         short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
+        level: CTAs that have a short first tile take more tiles, until all have about as many rows; see
+            `deal`. Where the first round has tiles of 2 to `_CLASSES` experts. Where such tiles were dealt,
+            the rounds behind them are taken from both ends in turn: a tile of few rows takes as long to store
+            as one of many, and is stored between the products of the next one.
     """
 
     bm: int = 128
@@ -89,13 +97,14 @@ class Tiles(NamedTuple):
     group: int = 0
     back: bool = False
     short: bool = False
+    level: bool = False
 
     @property
     def name(self) -> str:
         """For tables: `128x256x64s4-late`."""
         more = f"-g{self.group}" if self.group else ""
         more += ("-late" if self.late else "") + ("-back" if self.back else "")
-        more += "-short" if self.short else ""
+        more += ("-short" if self.short else "") + ("-level" if self.level else "")
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{more}"
 
 
@@ -125,9 +134,13 @@ def tiles_for(problem: WeightGradient) -> Tiles:
     # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
     # read the whole of an expert's rows again for each m tile.
     group = 16 if problem.layout.n >= _COLUMNS_IN_A_ROUND else 0
-    # With few tiles, those of the expert with the most rows do not fill a round: 65536 rows, 768 x 2048, 128
-    # experts, Zipf, 380 us, in turn 385; 2048 x 1536 688 and 669.
-    return tiles._replace(group=group, back=2 * _per_expert(problem, tiles) <= tiles.num_ctas)
+    # With few tiles, those of the expert with the most rows do not fill a round. us, 2026-11-30, 65536 rows,
+    # 128 experts, leveled and before: 768 x 2048, Zipf, 332 and 374, uniform 307.8 and 307.0; 2048 x 1536 626
+    # and 658, uniform 595 and 595. Back in all rounds, or in turn, leveled: 768 x 2048, uniform, 308 and 313;
+    # 2048 x 1536, Zipf, 655 and 625.
+    per_expert = _per_expert(problem, tiles)
+    level = per_expert < tiles.num_ctas <= _CLASSES * per_expert
+    return tiles._replace(group=group, back=2 * per_expert <= tiles.num_ctas, level=level)
 
 
 def _per_expert(problem: WeightGradient, tiles: Tiles) -> int:
@@ -141,7 +154,7 @@ def cutting(problem: WeightGradient) -> Tiles:
     pieces = tiles.num_ctas * _TILES_PER_CTA // _per_expert(problem, tiles)
     pieces = min(pieces, layout.num_rows // (_STEPS_OF_PIECE * tiles.bk))
     # An expert is cut if it has two pieces' rows: with two pieces, only if it has all.
-    return tiles._replace(pieces=pieces if pieces > 2 else 0)
+    return tiles._replace(pieces=pieces, level=False) if pieces > 2 else tiles
 
 
 class Experts(NamedTuple):
@@ -191,6 +204,73 @@ def _experts_of(problem: WeightGradient, *where: jax.Array) -> tuple[Experts, ja
         consecutive = jnp.all((used == 0) | (rank < count[expert]))
     experts = Experts(start, count, jnp.argsort(-count, stable=True).astype(_I32))
     return experts, consecutive
+
+
+class Dealt(NamedTuple):
+    """What `deal` found: how many tiles of a CTA are listed, and the first tile that is nobody's yet."""
+
+    listed: Any
+    begin: Any
+
+
+def deal(
+    cta: jax.Array,
+    rows_of: Callable[[Any], jax.Array],
+    note: Callable[[jax.Array, jax.Array], None],
+    *,
+    num_experts: int,
+    per_expert: int,
+    num_ctas: int,
+) -> Dealt:
+    """Deals the first tiles, so that no CTA is behind the others by the rows of a hot expert.
+
+    The CTAs whose first tiles are of one expert are a class. The class that has the fewest rows takes the
+    next tiles, one for each of its CTAs, until all have about the same. Every CTA computes the same, and
+    notes its own tiles. There are more tiles than CTAs.
+
+    Args:
+        cta: whose tiles are noted.
+        rows_of: of the expert with that rank; they fall.
+        note: called with (place in the CTA's list, tile).
+        num_experts, per_expert: and tiles of each.
+        num_ctas: that share the tiles.
+    """
+    total = num_experts * per_expert
+    sizes = [min(per_expert, num_ctas - at) for at in range(0, num_ctas, per_expert)]
+    own = lax.div(cta, _I32(per_expert))
+    place = cta - own * per_expert
+
+    def cost(rank: Any) -> jax.Array:
+        return rows_of(rank) + _ROWS_OF_TILE
+
+    # Two tiles of the median: where one expert is hot, that is little. Half as much gained nothing.
+    slack = 2 * cost(num_experts // 2)
+    note(_I32(0), cta)
+
+    def spread(loads: tuple[jax.Array, ...]) -> jax.Array:
+        return functools.reduce(jnp.maximum, loads) - functools.reduce(jnp.minimum, loads)
+
+    def goes_on(state: Any) -> jax.Array:
+        deals, _, begin, *loads = state
+        return (spread(tuple(loads)) > slack) & (begin < total) & (deals < _LISTED - 1)
+
+    def one(state: Any) -> Any:
+        deals, listed, begin, *loads = state
+        least = functools.reduce(jnp.minimum, loads)
+        chosen, size = _I32(0), _I32(sizes[0])
+        for k in range(len(sizes) - 1, 0, -1):
+            here = loads[k] == least
+            chosen, size = jnp.where(here, k, chosen), jnp.where(here, sizes[k], size)
+        tile = begin + jnp.where(lax.rem(listed, _I32(2)) == 0, place, size - 1 - place)
+        mine = (chosen == own) & (tile < total)
+        pl.when(mine)(lambda: note(listed, tile))
+        more = cost(lax.div(begin, _I32(per_expert)))
+        loads = [x + jnp.where(chosen == k, more, 0) for k, x in enumerate(loads)]
+        return deals + 1, listed + mine.astype(_I32), begin + size, *loads
+
+    state = (_I32(0), _I32(1), _I32(num_ctas), *(cost(k) for k in range(len(sizes))))
+    _, listed, begin, *_ = lax.while_loop(goes_on, one, state)
+    return Dealt(listed, jnp.minimum(begin, total))
 
 
 class Pieces(NamedTuple):
@@ -368,7 +448,7 @@ def build_pieces(
 ) -> Callable[..., jax.Array]:
     """The launch that sums the pieces: float32 `[pieces, k, n]`, with k and n those of whole tiles."""
     layout = problem.layout._replace(num_experts=tiles.pieces, out_dtype="float32")
-    tiles = tiles._replace(late=False, pieces=0)
+    tiles = tiles._replace(late=False, pieces=0, level=False)
     of_pieces = problem._replace(layout=layout)
     return build(of_pieces, tiles, of_pieces=True, interpret=interpret)
 
@@ -402,6 +482,9 @@ def build(
     if of_pieces:  # whole tiles, so that they can be read without a look at the edges
         out_shape = layout.num_experts, m_tiles * tiles.bm, n_tiles * tiles.bn
     memory_registers, compute_registers = _REGISTERS[by_copies]
+    # At most two rounds leave nothing to deal.
+    level = tiles.level and per_expert < tiles.num_ctas <= _CLASSES * per_expert
+    level = level and total > 2 * tiles.num_ctas
 
     def body(*given):
         refs = list(given)
@@ -411,19 +494,37 @@ def build(
         ids_ref = refs.pop(0) if problem.gathered else None
         left_ref, right_ref = refs.pop(0), refs.pop(0)
         sums_ref = refs.pop(0) if tiles.pieces else None
-        out_ref, left_tiles, right_tiles, o_tiles, full, empty = refs
+        out_ref, left_tiles, right_tiles, o_tiles, full, empty, *lists = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        if used_ref is None:
+        dealt = Dealt(_I32(0), _I32(0))
+        if level:
+            own_list = warpgroup * _LISTED  # each notes all of them: none waits for another
+
+            def note(place, tile):
+                lists[0][own_list + place] = tile
+
+            dealt = deal(
+                *(cta, lambda rank: count_ref[order_ref[rank]], note),
+                num_experts=layout.num_experts,
+                per_expert=per_expert,
+                num_ctas=tiles.num_ctas,
+            )
+            plgpu.commit_smem()  # all threads of the warpgroup have noted them
+        any_dealt = dealt.begin > tiles.num_ctas
+        if used_ref is None and not level:
             rounds, rest_of_round = divmod(total, tiles.num_ctas)
         else:
-            in_use = used_ref[0] * per_expert
+            in_use = total - dealt.begin if used_ref is None else used_ref[0] * per_expert
             rounds = lax.div(in_use, _I32(tiles.num_ctas))
             rest_of_round = in_use - rounds * tiles.num_ctas
         sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
 
         def tile_at(i):
             """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
-            t = i * tiles.num_ctas + place_in_round(i)
+            if level:
+                t = lax.cond(any_dealt, lambda: leveled(i), lambda: in_round(i))
+            else:
+                t = in_round(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
             m, n = kernel.in_groups(tiles.group, rest, m_tiles, n_tiles)
@@ -432,13 +533,32 @@ def build(
             steps = lax.div(count + (bk - 1), _I32(bk))
             return expert, m, n, first, first + count, steps
 
+        def leveled(i):
+            """The i-th of this CTA's tiles, where some were dealt."""
+            back = i - dealt.listed  # a round of those that were not
+            half = lax.div(back, _I32(2))
+            ends = jnp.where(lax.rem(back, _I32(2)) == 1, rounds - 1 - half, half)
+            back = jnp.where(back < rounds, ends, back)
+            return lax.cond(
+                i < dealt.listed,
+                lambda: lists[0][own_list + i],
+                lambda: dealt.begin - tiles.num_ctas + in_round(back + 1),
+            )
+
+        def in_round(i):
+            """The tile of round i, where each CTA has one in each."""
+            return i * tiles.num_ctas + place_in_round(i)
+
         def place_in_round(i):
             """Every other round is taken backwards: who had the longest tile gets the shortest next."""
             forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
             return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
 
         last_round = _I32(rounds)
-        mine = last_round + (place_in_round(last_round) < rest_of_round).astype(_I32)
+        at_last = place_in_round(last_round + 1 if level else last_round)
+        mine = last_round + (at_last < rest_of_round).astype(_I32)
+        if level:
+            mine += dealt.listed
 
         def slot_of(step):
             return lax.rem(step, _I32(stages))
@@ -708,6 +828,7 @@ def build(
             plgpu.SMEM((_COMPUTING, _SLOTS, _WM, piece), out_dtype, transforms=o_like),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages),
+            *([plgpu.SMEM(((_COMPUTING + 1) * _LISTED,), _I32)] if level else []),
         ],
         grid=(tiles.num_ctas,),
         grid_names=("cta",),

@@ -404,6 +404,7 @@ def weight_gradients(interpret: bool = False) -> None:
             (None, cases.blocks(70, 2, 2, 128, 320, 64, gathered=None, routing="dropped")),
             (None, cases.blocks(9, 2, 2, 64, 320, 64, gathered="lhs", routing="dropped")),
             (cut, cases.blocks(tokens, 2, 2, 128, 256, 64, gathered="rhs", routing="hot")),
+            (kernel.Tiles(level=True, bk=cut.bk), cases.ragged([9, 400, *range(8)], 450, 24, 24)),
         )
         every = [
             (tiles, problem, [np.asarray(x) for x in given]) for tiles, (problem, given) in every

@@ -104,6 +104,11 @@ FEW = [
         lambda: blocks(9, 2, 2, 384, 320, 64, gathered=None, routing="dropped"),
         kernel.Tiles(bk=16, group=2, back=True),
     ),
+    (
+        "a hot expert's tile beside four of others, then one tile for each CTA",
+        lambda: ragged([0, 400, 7, 11, 40, 9, 24, 2], 500, 24, 24),
+        kernel.Tiles(bk=16, level=True),
+    ),
 ]
 
 
@@ -126,6 +131,52 @@ def test_no_band_is_put_into_a_slot_that_a_store_still_reads(n, bn, itemsize):
 def test_in_the_interpreter(make, tiles):
     with jax.default_device(jax.devices("cpu")[0]):
         check(*make(), tiles, interpret=True)
+
+
+def dealt(counts: list[int], per_expert: int, ctas: int) -> tuple[list[list[int]], int]:
+    """(Each CTA's tiles that are dealt, how many those are), and all CTAs know of the same."""
+    rows, each, ends = sorted(counts, reverse=True), [], set()
+    for cta in range(ctas):
+        noted: dict[int, int] = {}
+        with jax.disable_jit():
+            found = kernel.deal(
+                jnp.int32(cta),
+                lambda rank: jnp.int32(rows[int(rank)]),
+                lambda at, tile, noted=noted: noted.update({int(at): int(tile)}),
+                num_experts=len(counts),
+                per_expert=per_expert,
+                num_ctas=ctas,
+            )
+        assert sorted(noted) == list(range(int(found.listed)))
+        each.append([noted[k] for k in sorted(noted)])
+        ends.add(int(found.begin))
+    [end] = ends
+    assert sorted(tile for tiles in each for tile in tiles) == list(range(end))
+    return each, end
+
+
+def test_a_hot_experts_ctas_get_fewer_tiles():
+    """By Zipf's law, 1200 rows of the first expert: each CTA's rows differ by less than two common tiles."""
+    counts, per, ctas = [1200 // (k + 1) for k in range(24)], 5, 12
+    each, _ = dealt(counts, per, ctas)
+    loads = [sum(counts[t // per] + kernel._ROWS_OF_TILE for t in tiles) for tiles in each]
+    common = 1200 // 13 + kernel._ROWS_OF_TILE
+    # One at most of the tiles that a class was dealt last is an expert later than its first.
+    assert max(loads) - min(loads) <= 3 * common
+    assert len(each[0]) < len(each[-1])
+
+
+@pytest.mark.parametrize("counts", [[500, 520, 480, 505] * 5, [0] * 20], ids=["even", "none"])
+def test_nothing_is_dealt_where_experts_have_about_as_many_rows(counts):
+    each, end = dealt(counts, 5, 12)
+    assert end == 12 and all(len(tiles) == 1 for tiles in each)
+
+
+def test_a_cta_is_dealt_no_more_tiles_than_its_list_holds():
+    """All rows on one expert: the others' tiles take less time together than the first one."""
+    counts = [10**6, *[0] * 299]
+    each, end = dealt(counts, 1, 2)
+    assert [len(tiles) for tiles in each] == [1, kernel._LISTED] and end == 1 + kernel._LISTED
 
 
 @pytest.mark.parametrize("operand", ["lhs", "rhs"])
@@ -272,6 +323,19 @@ def many() -> list[tuple[str, Any, Any]]:
     for gathered in (None, "lhs", "rhs"):
         wide = functools.partial(blocks, 300, 2, 8, 640, 8192, 128, gathered=gathered)
         add(f"wide {gathered}", wide, None, grouped._replace(lag=1))
+    zipf = [3000 // (k + 1) for k in range(16)]
+    for tiles in (kernel.Tiles(level=True), kernel.Tiles(level=True, short=True, lag=1)):
+        for sizes in (
+            zipf,
+            zipf[::-1],
+            [2000, *[0] * 15],
+            [300] * 16,
+        ):  # 48 tiles, 3 of which are a class'
+            level = functools.partial(ragged, sizes, sum(sizes), 768, 2048)
+            add(f"level, ragged {sizes[:2]}", level, tiles)
+        for gathered in (None, "lhs", "rhs"):
+            hot = functools.partial(blocks, 1500, 2, 16, 768, 2048, 128, gathered=gathered)
+            add(f"level, hot, {gathered}", functools.partial(hot, routing="hot"), tiles)
     add("ragged, grouped", lambda: ragged([130, 500, 3, 64], 700, 640, 1536), grouped)
     add("many experts", lambda: ragged([1] * 500, 501, 256, 256), None)
     add("offset", lambda: ragged([30, 0, 70, 5], 120, 128, 256, experts=2, offset=1), None, early)

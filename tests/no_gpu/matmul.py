@@ -405,6 +405,11 @@ def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     for gathered in (None, "rhs"):
         given = problem(gathered=gathered)
         yield "gradient, whole steps", given, late._replace(short=False)
+    for gathered, out in ((None, "bfloat16"), ("lhs", "bfloat16"), (None, "float32")):
+        given = problem(gathered=gathered, out=out, k=768, n=2048)
+        level = late._replace(level=True, late=out == "bfloat16")
+        yield f"gradient, level, {gathered} gathered, {out}", given, level
+    yield "gradient, level, ragged", problem(k=768, **ragged), late._replace(level=True)
     cut = late._replace(pieces=5)
     for name, given in (
         ("bfloat16", problem()),
