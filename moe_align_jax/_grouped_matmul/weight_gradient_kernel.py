@@ -273,6 +273,78 @@ def deal(
     return Dealt(listed, jnp.minimum(begin, total))
 
 
+class Turns:
+    """Which tiles a CTA has, one after the other.
+
+    Attributes:
+        mine: how many.
+    """
+
+    def __init__(
+        self,
+        cta: jax.Array,
+        num_ctas: int,
+        in_use: Any,
+        *,
+        back: bool,
+        dealt: Dealt | None = None,
+        tile_listed: Callable[[jax.Array], jax.Array] | None = None,
+    ):
+        """
+        Args:
+            cta: whose tiles these are.
+            num_ctas: that share the tiles.
+            in_use: tiles that there are; an int where it is known.
+            back: as for `Tiles`.
+            dealt: what `deal` found, if the first tiles are dealt.
+            tile_listed: the tile at that place of the CTA's list.
+        """
+        self._cta, self._num_ctas, self._back = cta, num_ctas, back
+        self._dealt, self._tile_listed = dealt, tile_listed
+        if dealt is not None:
+            self._any_dealt = dealt.begin > num_ctas
+            in_use = in_use - dealt.begin
+        if isinstance(in_use, int):
+            self._rounds, rest = divmod(in_use, num_ctas)
+        else:
+            self._rounds = lax.div(in_use, _I32(num_ctas))
+            rest = in_use - self._rounds * num_ctas
+        last = _I32(self._rounds)
+        at_last = self._place(last if dealt is None else last + 1)
+        self.mine = last + (at_last < rest).astype(_I32)
+        if dealt is not None:
+            self.mine += dealt.listed
+
+    def tile(self, i: jax.Array) -> jax.Array:
+        """The i-th of this CTA's tiles."""
+        if self._dealt is None:
+            return self._in_round(i)
+        return lax.cond(self._any_dealt, lambda: self._leveled(i), lambda: self._in_round(i))
+
+    def _leveled(self, i: jax.Array) -> jax.Array:
+        """The same where some were dealt."""
+        assert self._dealt is not None and self._tile_listed is not None
+        (listed, begin), tile_listed = self._dealt, self._tile_listed
+        back = i - listed  # a round of those that were not
+        half = lax.div(back, _I32(2))
+        ends = jnp.where(lax.rem(back, _I32(2)) == 1, self._rounds - 1 - half, half)
+        back = jnp.where(back < self._rounds, ends, back)
+        return lax.cond(
+            i < listed,
+            lambda: tile_listed(i),
+            lambda: begin - self._num_ctas + self._in_round(back + 1),
+        )
+
+    def _in_round(self, i: jax.Array) -> jax.Array:
+        """The tile of round i, where each CTA has one in each."""
+        return i * self._num_ctas + self._place(i)
+
+    def _place(self, i: jax.Array) -> jax.Array:
+        """Every other round is taken backwards: who had the longest tile gets the shortest next."""
+        forth = i == 0 if self._back else lax.rem(i, _I32(2)) == 0
+        return jnp.where(forth, self._cta, self._num_ctas - 1 - self._cta)
+
+
 class Pieces(NamedTuple):
     """The rows of hot experts, cut.
 
@@ -496,13 +568,19 @@ def build(
         sums_ref = refs.pop(0) if tiles.pieces else None
         out_ref, left_tiles, right_tiles, o_tiles, full, empty, *lists = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        dealt = Dealt(_I32(0), _I32(0))
+        in_use, dealt, tile_listed = total, None, None
+        if used_ref is not None:
+            in_use = used_ref[0] * per_expert
         if level:
             own_list = warpgroup * _LISTED  # each notes all of them: none waits for another
 
             def note(place, tile):
                 lists[0][own_list + place] = tile
 
+            def noted(place):
+                return lists[0][own_list + place]
+
+            tile_listed = noted
             dealt = deal(
                 *(cta, lambda rank: count_ref[order_ref[rank]], note),
                 num_experts=layout.num_experts,
@@ -510,21 +588,17 @@ def build(
                 num_ctas=tiles.num_ctas,
             )
             plgpu.commit_smem()  # all threads of the warpgroup have noted them
-        any_dealt = dealt.begin > tiles.num_ctas
-        if used_ref is None and not level:
-            rounds, rest_of_round = divmod(total, tiles.num_ctas)
-        else:
-            in_use = total - dealt.begin if used_ref is None else used_ref[0] * per_expert
-            rounds = lax.div(in_use, _I32(tiles.num_ctas))
-            rest_of_round = in_use - rounds * tiles.num_ctas
+        turns = Turns(
+            *(cta, tiles.num_ctas, in_use),
+            back=tiles.back,
+            dealt=dealt,
+            tile_listed=tile_listed,
+        )
         sides = ((left, left_ref, left_tiles), (right, right_ref, right_tiles))
 
         def tile_at(i):
             """(expert, m tile, n tile, its rows' first and end, steps) of this CTA's i-th tile."""
-            if level:
-                t = lax.cond(any_dealt, lambda: leveled(i), lambda: in_round(i))
-            else:
-                t = in_round(i)
+            t = turns.tile(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
             m, n = kernel.in_groups(tiles.group, rest, m_tiles, n_tiles)
@@ -532,33 +606,6 @@ def build(
             first, count = start_ref[expert], count_ref[expert]
             steps = lax.div(count + (bk - 1), _I32(bk))
             return expert, m, n, first, first + count, steps
-
-        def leveled(i):
-            """The i-th of this CTA's tiles, where some were dealt."""
-            back = i - dealt.listed  # a round of those that were not
-            half = lax.div(back, _I32(2))
-            ends = jnp.where(lax.rem(back, _I32(2)) == 1, rounds - 1 - half, half)
-            back = jnp.where(back < rounds, ends, back)
-            return lax.cond(
-                i < dealt.listed,
-                lambda: lists[0][own_list + i],
-                lambda: dealt.begin - tiles.num_ctas + in_round(back + 1),
-            )
-
-        def in_round(i):
-            """The tile of round i, where each CTA has one in each."""
-            return i * tiles.num_ctas + place_in_round(i)
-
-        def place_in_round(i):
-            """Every other round is taken backwards: who had the longest tile gets the shortest next."""
-            forth = i == 0 if tiles.back else lax.rem(i, _I32(2)) == 0
-            return jnp.where(forth, cta, tiles.num_ctas - 1 - cta)
-
-        last_round = _I32(rounds)
-        at_last = place_in_round(last_round + 1 if level else last_round)
-        mine = last_round + (at_last < rest_of_round).astype(_I32)
-        if level:
-            mine += dealt.listed
 
         def slot_of(step):
             return lax.rem(step, _I32(stages))
@@ -724,7 +771,7 @@ def build(
                 return ring + tile[-1], _I32(1), place(tile), bands(tile, sums)
 
             if not tiles.late:
-                lax.fori_loop(0, mine, now, _I32(0))
+                lax.fori_loop(0, turns.mine, now, _I32(0))
             else:
                 zeros = jnp.zeros((_WM, piece), out_dtype)
                 if not interpret:
@@ -732,7 +779,7 @@ def build(
                 zero = _I32(0)
                 none = [zeros] * (tiles.bn // piece)
                 carry = (zero, zero, (zero, zero, zero), none)
-                _, waits, at, last = lax.fori_loop(0, mine, later, carry)
+                _, waits, at, last = lax.fori_loop(0, turns.mine, later, carry)
 
                 @pl.when(waits > 0)
                 def _():
@@ -806,7 +853,7 @@ def build(
 
                 return ring + steps
 
-            end = lax.fori_loop(0, mine, one, _I32(0))
+            end = lax.fori_loop(0, turns.mine, one, _I32(0))
             if by_copies:
                 inline.wait_for_copies(0, interpret=interpret)
                 for lag in range(tiles.lag, 0, -1):

@@ -105,7 +105,7 @@ FEW = [
         kernel.Tiles(bk=16, group=2, back=True),
     ),
     (
-        "a hot expert's tile beside four of others, then one tile for each CTA",
+        "a hot expert's tile beside three of others, then two tiles for each CTA",
         lambda: ragged([0, 400, 7, 11, 40, 9, 24, 2], 500, 24, 24),
         kernel.Tiles(bk=16, level=True),
     ),
@@ -156,7 +156,7 @@ def dealt(counts: list[int], per_expert: int, ctas: int) -> tuple[list[list[int]
 
 
 def test_a_hot_experts_ctas_get_fewer_tiles():
-    """By Zipf's law, 1200 rows of the first expert: each CTA's rows differ by less than two common tiles."""
+    """By Zipf's law, 1200 rows of the first expert: CTAs' rows differ by three common tiles at most."""
     counts, per, ctas = [1200 // (k + 1) for k in range(24)], 5, 12
     each, _ = dealt(counts, per, ctas)
     loads = [sum(counts[t // per] + kernel._ROWS_OF_TILE for t in tiles) for tiles in each]
@@ -177,6 +177,56 @@ def test_a_cta_is_dealt_no_more_tiles_than_its_list_holds():
     counts = [10**6, *[0] * 299]
     each, end = dealt(counts, 1, 2)
     assert [len(tiles) for tiles in each] == [1, kernel._LISTED] and end == 1 + kernel._LISTED
+
+
+LEVELED = {  # rows of each expert, tiles of each, CTAs
+    "Zipf": ([1200 // (k + 1) for k in range(24)], 5, 12),
+    "Zipf, rounds of an odd number": ([900 // (k + 1) for k in range(31)], 7, 13),
+    "four classes of one size": ([5000, 800, 300, *[40] * 17], 3, 12),
+    "four classes, the last of one CTA": ([700, 600, 3, *[2] * 30], 4, 13),
+    "two hot experts": ([4000, 4000, *[10] * 14], 6, 11),
+    "all are dealt": ([10**6, *[0] * 6], 4, 13),
+    "all are dealt, the last in part": ([10**6, *[0] * 4], 7, 17),
+    "a full list": ([10**6, *[0] * 299], 1, 2),
+    "nothing is dealt": ([100] * 9, 5, 12),
+    "no rows": ([0] * 9, 5, 12),
+}
+
+
+@pytest.mark.parametrize("name", LEVELED)
+def test_ctas_have_every_tile_once_where_some_were_dealt(name):
+    """Those of the lists, then the others from both ends in turn."""
+    counts, per, ctas = LEVELED[name]
+    each, end = dealt(counts, per, ctas)
+    total = len(counts) * per
+    assert {"all": end == total, "nothing": end == ctas}.get(name.split()[0], True)
+    for back in (True, False):
+        seen = []
+        for cta, listed in enumerate(each):
+            found = kernel.Dealt(jnp.int32(len(listed)), jnp.int32(end))
+            turns = kernel.Turns(
+                *(jnp.int32(cta), ctas, total),
+                back=back,
+                dealt=found,
+                tile_listed=lambda place, listed=listed: jnp.array(listed)[place],
+            )
+            mine = jax.vmap(turns.tile)(jnp.arange(int(turns.mine), dtype=jnp.int32)).tolist()
+            assert mine[: len(listed)] == listed
+            assert len(mine) - len(listed) in ((total - end) // ctas, -(-(total - end) // ctas))
+            seen += mine
+        assert sorted(seen) == list(range(total))
+
+
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("total", [0, 1, 4, 5, 6, 15, 19])
+def test_ctas_have_every_tile_once_where_none_is_dealt(total, back):
+    """Of a number that is known, or is not."""
+    for in_use in (total, jnp.int32(total)):
+        seen = []
+        for cta in range(5):
+            turns = kernel.Turns(jnp.int32(cta), 5, in_use, back=back)
+            seen += [int(turns.tile(jnp.int32(i))) for i in range(int(turns.mine))]
+        assert sorted(seen) == list(range(total))
 
 
 @pytest.mark.parametrize("operand", ["lhs", "rhs"])
