@@ -56,7 +56,7 @@ _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 # 100 rows 84.8, 128 rows 74.6, 77.1; 32 groups, 32 rows 246.5, 40 rows 237.1, 48 rows 228.7, 243.2; 60 rows
 # 266, 80 rows 236.7, 96 rows 241.6, 261.7; 2048 -> 7168, 8 groups, 60 rows 43.0, 80 rows 36.3, 96 rows 37.6,
 # 55.2. Tiles of 256 columns took 0 to 3% longer. The most of these means by groups; more groups, higher means
-# and a shorter K were not timed.
+# and a shorter K were not timed, and have other tiles. Fewer than 8 groups: by rule, not measured.
 _LEAST_MEAN_OF_SWAPPED, _MOST_MEAN_OF_SWAPPED, _LEAST_K_OF_SWAPPED = 22, {8: 100, 32: 60}, 2048
 _TALL_MEAN = 512
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
@@ -824,9 +824,10 @@ def _swapped_rows(problem: MatmulProblem) -> int:
 def _few_rows(problem: MatmulProblem, tiles: Config) -> Config:
     """Swapped tiles of the masked layout.
 
-    Where CTAs would have two or three tiles, each has as many: fewer CTAs, of which none is the last. Where
-    those would be too few, and whole turns of the SMs leave many of them idle, tiles have 64 columns and one
-    warpgroup that multiplies, and an SM has two CTAs: one stores while the other multiplies.
+    Where CTAs would have two or three tiles, or more of over 32 rows, each has as many: fewer CTAs, of which
+    none is the last. Where those would be too few, and whole turns of the SMs leave many of them idle, tiles
+    have 64 columns and one warpgroup that multiplies, and an SM has two CTAs: one stores while the other
+    multiplies.
     """
     tiles = tiles._replace(ahead=True, early=True)
     count = problem.num_experts * -(-problem.n // tiles.bn)

@@ -270,9 +270,9 @@ def build(
         by_unit = config.by_expert and config.finds
         if by_unit:
             total = _found_unit(problem, config, shape, refs, _I32(0), interpret)[-1]
-        mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
-        if by_unit:
             mine = found_masked.units_for(total, cta, clusters)
+        else:
+            mine = jnp.maximum(lax.div(total - cta + (clusters - 1), _I32(clusters)), 0)
 
         def order(i, how=None):
             """(Tile of rows, n tile) of the i-th tile of this CTA."""
