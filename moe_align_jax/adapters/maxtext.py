@@ -172,8 +172,8 @@ def sparse_matmul(
         num_experts_per_tok: K. Static.
         norm_topk_prob: divide the softmax by its sum once more, which changes nothing but rounding; accepted
             for MaxText's sake. Static.
-        routed_score_func: with `pre_bias_logits`: weights of "sigmoid" and "sqrtsoftplus" are divided by
-            their sum. Static.
+        routed_score_func: "", "softmax", "sigmoid" or "sqrtsoftplus". With `pre_bias_logits`: weights of the
+            last two are divided by their sum. Static.
         routed_scaling_factor: of the weights, with `pre_bias_logits`. Static.
         n_routing_groups, topk_routing_group: with `pre_bias_logits`: choose among the best groups; -1 for no
             groups. Static.
@@ -189,7 +189,8 @@ def sparse_matmul(
 
     Raises:
         NotImplementedError: hash routing was asked for.
-        TypeError, ValueError: as `fused_moe`.
+        TypeError, ValueError: a number of the configuration is none that float32 holds, K is above E,
+            `routed_score_func` has another name; or as `fused_moe`.
 
     Example:
         >>> from moe_align_jax.adapters import maxtext
