@@ -853,7 +853,7 @@ def on_a_gpu():
         trims = [c._replace(finds=True, trims=True) for c in (*shared[1:3], alone)]
         of_most += [(512, config) for config in trims]
         swapped = SWAP._replace(ahead=True, early=True, finds=True)
-        of_most += [(200, swapped._replace(bm=bm)) for bm in (48, 80, 112)]
+        of_most += [(200, swapped._replace(bm=bm)) for bm in (48, 80, 104, 112, 120)]
         of_most.append((200, swapped._replace(bm=128, stages=5)))
         for most, config in of_most:
             counts = np.array([most, 0, 3, most // 2], np.int32)
