@@ -543,6 +543,18 @@ def commit_copies(*, interpret: bool) -> None:
     emit()
 
 
+def meet_warpgroup(*, interpret: bool) -> None:
+    """The threads of a warpgroup wait for each other."""
+    if interpret:
+        return
+
+    @emits()
+    def emit(_):
+        mgpu_utils.warpgroup_barrier()
+
+    emit()
+
+
 def wait_for_copies(lag: int, *, interpret: bool) -> None:
     """Until all but the last `lag` of what was committed is there, for wgmma to read."""
     if interpret:

@@ -137,7 +137,7 @@ class Products:
                     if in_step:
                         of_w, coming = coming, ()
                 if part == count - 1:
-                    plgpu.barrier_arrive(refs.empty.at[slot])
+                    self._leave(slot)
                 for i, piece in self._pieces(product, part):
                     scale = of_w[i] if of_all is None else of_w[i] * of_all
                     found[i] = self._add(found[i], piece, of_x, scale)
@@ -161,7 +161,7 @@ class Products:
             slot = slot_of(ring + k)
             plgpu.barrier_wait(refs.full.at[slot])
             between(k)
-            plgpu.barrier_arrive(refs.empty.at[slot])
+            self._leave(slot)
 
         all_steps, mine = _I32(steps), tile.valid
         if self.config.skips:
@@ -200,6 +200,17 @@ class Products:
         if passes:
             pass_all()
         return list(sums)
+
+    def _leave(self, slot: jax.Array) -> None:
+        """This warpgroup has read a stage: it can be loaded again.
+
+        In a cluster one thread says so for its warpgroup (Mosaic's collective barriers), and the other warps
+        may be behind it: they must have read their scales, and seen the stage, before. Otherwise every
+        thread says so itself.
+        """
+        if self.config.sharing > 1:
+            inline.meet_warpgroup(interpret=self.interpret)
+        plgpu.barrier_arrive(self.refs.empty.at[slot])
 
     def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
         """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
