@@ -557,6 +557,24 @@ def early_reads(sass: str) -> Iterator[str]:
             yield row
 
 
+_MEETING = re.compile(
+    r"mbarrier\.try_wait|wgmma\.wait_group|bar(?:rier)?\.sync|mbarrier\.arrive\.shared::cluster"
+)
+
+
+def arrivals_alone(text: str) -> int:
+    """Arrivals on a cluster's barrier behind a wait, ahead of which the warpgroup's threads do not meet.
+
+    One thread arrives for its warpgroup: others may not have read yet what the next copy will overwrite.
+    Several arrivals in a row are those before the first step, one for each stage.
+    """
+    found = [x.rpartition(".")[2] for x in _MEETING.findall(text)]
+    runs = [(kind, len([*same])) for kind, same in itertools.groupby(found)]
+    behind = itertools.pairwise(runs)
+    waits = ("try_wait", "wait_group")
+    return sum(arrival == ("shared::cluster", 1) and last in waits for (last, _), arrival in behind)
+
+
 def _disassembled(cubin: Path) -> str:
     ptxas = Path("cuda_sdk_lib/bin/ptxas").resolve()
     beside = ptxas.with_name("cuobjdump")
@@ -671,12 +689,16 @@ def check(plugin: str, runtime: str, *given: str) -> Iterator[script.Report]:
         for name, _, error in some:
             if not _NAME.search(error):
                 yield name, [error]
-        for (name, seconds, _), (log, sass) in zip(
+        for (name, seconds, text), (log, sass) in zip(
             fine, _ptxas([x for *_, x in fine]), strict=True
         ):
             line = f"{ptx.usage(log).registers:3} registers, {seconds:4.1f} s  {name}"
             most = MAX_SECONDS_OF_HEIGHTS if "heights" in name else MAX_SECONDS
-            yield line, [*faults(log, sass, seconds, most, "Spread" not in name)]
+            found = [*faults(log, sass, seconds, most, "Spread" not in name)]
+            # Of CTAs that share K, those that have read nothing of the others' arrive as well.
+            if "-c2" in name and (alone := arrivals_alone(text)):
+                found.append(f"{alone} times a thread arrives for others that it has not met")
+            yield line, found
 
 
 if __name__ == "__main__":

@@ -199,6 +199,21 @@ def test_the_selection_covers_every_size_form_and_pair_of_options():
         assert {tuple(x[i] for i in pair) for x in together} <= met
 
 
+def test_a_thread_arrives_for_others_that_it_has_met():
+    waits, arrives = (
+        "wgmma.wait_group.sync.aligned 0;\n",
+        "mbarrier.arrive.shared::cluster.b64 _, [r];\n",
+    )
+    seen = "mbarrier.try_wait.parity.shared::cta.b64 p, [r], 0;\n"
+    meets, at_first = "bar.sync 1, 128;\n", seen + arrives * 4
+    assert (
+        matmul.arrivals_alone(at_first + seen + waits + meets + arrives + seen + meets + arrives)
+        == 0
+    )
+    assert matmul.arrivals_alone(at_first + seen + waits + arrives + seen + meets + arrives) == 1
+    assert matmul.arrivals_alone(at_first + waits + meets + arrives + seen + arrives + waits) == 1
+
+
 def test_without_a_c_compiler_the_set_up_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "/no/such/compiler")
     with pytest.raises(toolchain.Missing, match="C compiler does not run.*/no/such/compiler"):
