@@ -117,6 +117,65 @@ def test_the_fallback_beside_bare_exchanges_is_that_of_its_rows():
     assert f"gathered {said[', gathered']};" in text
 
 
+def test_pairs_over_all_to_all_beside_bare_ones_are_those_of_the_rows():
+    """The page's table, of two runs, and where the goal of 1.5 is missed."""
+    name, ways = "expert-parallel-x2-fallback-2026-11-30", ("not waiting", "donated")
+    runs = {8: f"{name}-f", 64: f"{name}-e", 128: f"{name}-f"}
+    runs = {tokens: measured(run) for tokens, run in runs.items()}
+    page = (ROOT / "docs/expert_parallel.md").read_text()
+
+    def taken(provider, tokens):
+        """Of either way; in -e "chosen" alone has sums by XLA."""
+        provider += ", our sums" * (tokens == 64 and provider.endswith("chosen"))
+        key = f"low_latency {tokens}", provider, "default", "wall"
+        return [runs[tokens][*key, way] for way in ways]
+
+    a2a, gather, ratios = "bare all_to_all twice", "bare all_gather + psum_scatter", {}
+    for ours, said, pairs in (
+        (
+            "chosen",
+            "",
+            {f"{bare}, read between": f"{bare}, read between" for bare in (a2a, gather)},
+        ),
+        (
+            "issue: chosen",
+            ", nothing between",
+            {
+                a2a.replace("bare", "bare issue:"): f"{a2a}, of blocks",
+                gather.replace("bare", "bare issue:"): f"{gather}, divided",
+            },
+        ),
+    ):
+        cells = ["{:.1f} / {:.1f}".format(*taken(ours, tokens)) for tokens in runs]
+        assert f'| `"all_to_all"`{said} | {" | ".join(cells)} |' in page
+        for provider, head in pairs.items():
+            cells = []
+            for tokens in runs:
+                bare = taken(provider, tokens)
+                both = [us / of_bare for us, of_bare in zip(taken(ours, tokens), bare, strict=True)]
+                ratios |= {(head, tokens, way): r for way, r in zip(ways, both, strict=True)}
+                cells.append("{:.1f} / {:.1f} ({:.2f}, {:.2f})".format(*bare, *both))
+            assert f"| {head} | {' | '.join(cells)} |" in page
+    assert {key for key, ratio in ratios.items() if ratio > 1.5} == {
+        *((f"{a2a}, of blocks", tokens, way) for tokens in runs for way in ways),
+        *((f"{gather}, divided", 64, way) for way in ways),
+        (f"{gather}, read between", 128, "donated"),
+    }
+    text = " ".join(page.split())
+    assert f"the latter ({ratios[f'{gather}, read between', 128, 'donated']:.3f})." in text
+    of = [
+        [f"{ratios[head, tokens, 'not waiting']:.2f}" for tokens in runs]
+        for head in dict.fromkeys(head for head, *_ in ratios)
+    ]
+    assert f"at most {max(of[0])} beside two all_to_all, {max(of[1])} beside" in text
+    assert "{} with 8 tokens, {} with 64, {} with 128 (not donated)".format(*of[2]) in text
+    assert f"and missed with 64 ({of[3][1]})" in text
+    gaps = " ".join((ROOT / "docs/performance.md").read_text().split())
+    one, two, three, four = (" / ".join(each) for each in of)
+    assert f"between {one} times two bare all_to_all, {two} times a bare all_gather and" in gaps
+    assert f"in either {three}, **missed**, and {four}, missed at 64." in gaps
+
+
 def test_forms_of_the_fallback_are_those_of_the_rows():
     """The table of sums by XLA and gathered messages."""
     name, forms = "expert-parallel-x2-fallback-2026-11-30", {}
@@ -439,6 +498,57 @@ def test_the_decode_step_told_the_rows_of_a_mean_expert_is_that_of_its_rows():
     assert f"without which ours takes {pair[0][1]:.0f}." in gaps
     said = "takes {:.0f} µs a layer with it and {:.0f} without (2026-11-29, 17:19"
     assert said.format(*pair[1]) in " ".join((ROOT / "docs/fp8.md").read_text().split())
+
+
+def test_told_decode_steps_of_two_processes_are_those_of_the_rows():
+    """The table's cells and prices; no plain exchange, nor gathered tokens, is faster than ours."""
+    cases = [*(f"deepseek-v3 fp8 {tokens}" for tokens in (8, 64, 128)), "qwen3-30b-a3b fp8 64"]
+    rows = measured("decode-step-x2-2026-11-30-b")
+    found = {(case, name, way): us for (case, name, *_, way), us in rows.items()}
+    names = {name for _, name, _ in found}
+    others = {name for name in names if name.startswith(("plain", "gathered"))}
+    plain = {name for name in others if name.startswith("plain")}
+    assert len(names) == 6 and len(others) == 3 and len(plain) == 2
+    prices, page = {}, (ROOT / "docs/expert_parallel.md").read_text()
+    for name in names:
+        ours, cells = name.startswith("ours"), []
+        for way in ("donated", "not waiting", "waiting"):
+            of_way = []
+            for case in cases:
+                us, alone = found[case, name, way], found[case, "no communication", way]
+                cell = f"{us:.1f}"
+                if ours:
+                    assert us < min(found[case, other, way] for other in others)
+                    of_plain = min(found[case, other, way] for other in plain) - alone
+                    prices[name.removeprefix("ours, "), case, way] = (us - alone) / of_plain
+                    cell += f" ({(us - alone) / of_plain:.2f})"
+                of_way.append(cell)
+            cells.append(" / ".join(of_way))
+        head = re.sub(r"^ours, (\w+)$", r'`"\1"`', name)
+        assert f"| {head} | {' | '.join(cells)} |" in page
+    text, window = " ".join(page.split()), "nvlink_window"
+    *few, odd = sorted(price for (name, *_), price in prices.items() if name == window)
+    assert odd == prices[window, cases[2], "donated"]
+    assert f"adds is {few[0]:.2f} to {few[-1]:.2f} of what" in text and f"adds {odd:.2f}." in text
+    fallback = {key[1:]: price for key, price in prices.items() if key[0] == "all_to_all"}
+    few = sorted(price for (_, way), price in fallback.items() if way != "waiting")
+    assert f"adds is {few[0]:.2f} to {few[-1]:.2f} of it where the host does not wait." in text
+    *few, most = sorted(price for (_, way), price in fallback.items() if way == "waiting")
+    assert most == fallback[cases[0], "waiting"] > 0.8
+    assert f"it is {most:.2f}: the goal is **missed**; else at most {few[-1]:.2f}." in text
+    row = next(
+        row
+        for row in rows_of.read([RESULTS / "decode-step-x2-2026-11-30-b.jsonl"])
+        if (row.get("case"), row.get("provider"), row.get("way"))
+        == (cases[2], f"ours, {window}", "donated")
+    )
+    assert f"{row['p20_us']:.1f} at the 20th percentile, {row['p80_us']:.1f} at the 80th" in text
+    earlier = measured("decode-step-x2-2026-11-30")
+    now, then = (
+        rows_[cases[1], "no communication", "default", "wall", "donated"]
+        for rows_ in (rows, earlier)
+    )
+    assert f"takes {now:.1f} µs donated, and took {then:.1f} at 05:00" in text
 
 
 def test_readme_says_what_the_rows_say():
