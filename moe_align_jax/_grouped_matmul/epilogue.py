@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import inline
+from moe_align_jax._grouped_matmul import inline_rows, inline_wgmma
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._grouped_matmul.shape import Shape
 
@@ -116,7 +116,9 @@ def nothing(problem: MatmulProblem, shape: Shape, swap: bool, interpret: bool) -
     size = (shape.piece_rows, shape.piece)
     zeros = jnp.zeros(size[::-1] if swap else size, problem.out_dtype)
     if not interpret:
-        zeros = plgpu.layout_cast(zeros, inline.PARTED if shape.parted else plgpu.Layout.WGMMA)
+        zeros = plgpu.layout_cast(
+            zeros, inline_wgmma.PARTED if shape.parted else plgpu.Layout.WGMMA
+        )
     return [zeros] * (rows // shape.piece_rows * (columns // shape.piece))
 
 
@@ -179,7 +181,7 @@ class _Finish:
         self.pairs = place.pairs  # of the tile's rows: how many hold one, and come first
         if shape.counts_rows:
             limit = jnp.where(place.valid, num_pairs(problem, vectors), 0)
-            self.pairs = inline.count_rows(
+            self.pairs = inline_rows.count_rows(
                 vectors.ids, place.row, limit, rows=shape.wn, interpret=interpret
             )
         self.dtype = problem.out_dtype
@@ -215,11 +217,11 @@ class _Finish:
             ref = self.vectors.row_weights.at[pl.ds(first, count)]
             x = x * self.load(ref, layout, axis, x.shape)
         if self.pairs is not None and axis == 0:
-            return inline.keep_rows(
+            return inline_wgmma.keep_rows(
                 x, self.pairs - (first - self.place.row), interpret=self.interpret
             )
         if self.pairs is not None:
-            return inline.keep_columns(x, self.pairs, interpret=self.interpret)
+            return inline_wgmma.keep_columns(x, self.pairs, interpret=self.interpret)
         if self.tests_rows:
             ref = self.vectors.ids.at[pl.ds(first, count)]
             ids = self.load(ref, layout, axis, x.shape)
@@ -253,9 +255,9 @@ class _Finish:
     def parted(self, product: jax.Array, row: jax.Array, c: int) -> jax.Array:
         """A piece of interleaved gate and up, from the tile's column `c` of these on, parted."""
         product = self.with_bias(product, 2 * self.place.column + c, 1)
-        gate, up = inline.part_columns(product, interpret=self.interpret)
+        gate, up = inline_wgmma.part_columns(product, interpret=self.interpret)
         value = activate(self.problem.weights, gate, up)
-        return self.scaled(value, row, inline.PARTED, 0).astype(self.dtype)
+        return self.scaled(value, row, inline_wgmma.PARTED, 0).astype(self.dtype)
 
     def swapped(self, gate: jax.Array, up: jax.Array | None, c: int) -> jax.Array:
         """A piece whose columns are the result's rows; rows of gate and up are its columns from `c` on."""

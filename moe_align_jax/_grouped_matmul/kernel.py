@@ -34,7 +34,10 @@ from moe_align_jax._grouped_matmul import (
     found_groups,
     found_masked,
     inline,
+    inline_rows,
     inline_scales,
+    inline_stores,
+    inline_wgmma,
     loads,
     scaled_products,
 )
@@ -358,7 +361,7 @@ def build(
             if shape.tests_rows:
                 limit = jnp.where(tile.valid, epilogue.num_pairs(problem, refs.vectors), 0)
                 where = refs.ids, tile.row, _I32(limit)
-                words.append(inline.count_rows(*where, rows=bm, interpret=interpret))
+                words.append(inline_rows.count_rows(*where, rows=bm, interpret=interpret))
 
             def scales(slot):
                 for owner in range(scaled_products.owners_of(config)):
@@ -503,7 +506,7 @@ def build(
                     for q in range(shape.k_steps, len(pieces)):
                         pl.when(held > 0)(lambda q=q: put(q))
                     return [
-                        inline.widen(value, shape.piece_rows, interpret=interpret)
+                        inline_wgmma.widen(value, shape.piece_rows, interpret=interpret)
                         for value in found
                     ]
 
@@ -677,7 +680,7 @@ def build(
 
                 def clear():
                     columns = tile.n * shape.columns, shape.columns
-                    inline.store_zeros(
+                    inline_stores.store_zeros(
                         *(refs.out, tile.empty, tile.behind, *columns), interpret=interpret
                     )
 
@@ -1113,7 +1116,7 @@ class _Store:
             tile = self.refs.o_tiles.at[self.warpgroup, slot, pl.ds(0, rows)]
         plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
         if self.shape.parted:
-            inline.store_parted(tile, self.like, value, interpret=self.interpret)
+            inline_stores.store_parted(tile, self.like, value, interpret=self.interpret)
         elif self.swap:
             target = tile.transpose((1, 0))
             value = value if self.interpret else plgpu.layout_cast(value, plgpu.Layout.WGMMA)
@@ -1171,7 +1174,7 @@ class _Store:
         """Stores a slot's rows that lie before `end`, by threads, from (row, column) of the result on."""
         if not self.shape.partial:
             end = row + self.rows
-        inline.store_rows(
+        inline_stores.store_rows(
             self.refs.o_tiles.at[self.warpgroup, slot],
             self.like,
             self.refs.out,

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUPS_PER_WORD
-from moe_align_jax._grouped_matmul import inline, inline_scales
+from moe_align_jax._grouped_matmul import inline, inline_rows, inline_scales
 from moe_align_jax._grouped_matmul.cluster_sum import AXIS
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
@@ -72,7 +72,7 @@ class Loader:
         if bound is None:
             bound = problem.num_tokens * problem.top_k if problem.top_k else problem.num_rows
         if problem.top_k and not self.shape.x_by_token:
-            rows = inline.find_rows(
+            rows = inline_rows.find_rows(
                 *(refs.ids, tile.row, tile.end),
                 rows=self.config.bm,
                 row_chunks=self.chunks,
@@ -98,7 +98,7 @@ class Loader:
         for part in range(self.shape.k_parts):
             step = k * self.shape.k_parts + part
             if found.rows is not None:
-                inline.copy_rows(
+                inline_rows.copy_rows(
                     *(refs.x, refs.x_tiles.at[slot, part], self.x_like, found.rows, step),
                     rows=self.config.bm,
                     row_chunks=self.chunks,
@@ -224,8 +224,8 @@ class Loader:
     ) -> None:
         """The same by cp.async: for rows whose pitch TMA does not take."""
         # Rows behind a group's are some other's, or zeros: they are not stored.
-        matrix = inline.Matrix(self.problem.num_rows, self.chunks, self.chunks)
-        inline.copy_matrix(
+        matrix = inline_rows.Matrix(self.problem.num_rows, self.chunks, self.chunks)
+        inline_rows.copy_matrix(
             *(refs.x, refs.x_tiles.at[slot, part], self.x_like, matrix),
             *(_I32(0), tile.row, step * inline.CHUNKS_PER_ROW),
             shape=(self.config.bm, inline.CHUNKS_PER_ROW),
@@ -350,7 +350,7 @@ class Loader:
         columns = problem.n if weights.pair else problem.w_columns
         ref = refs.weights[array]
         if not weights.transposed:
-            matrix = inline.Matrix(problem.k, columns // values, columns // values)
+            matrix = inline_rows.Matrix(problem.k, columns // values, columns // values)
             target, shape = refs.w_tiles.at[slot, part], (bk, size // values)
             before, row, chunk = tile.expert * problem.k, k * bk, lax.div(first, _I32(values))
         else:
@@ -358,8 +358,10 @@ class Loader:
             shape, row, chunk = (size, bk // values), first, k * (bk // values)
             chunks = self.chunks
             if weights.interleaved and which is not None:
-                matrix = inline.Matrix(problem.n, chunks, 2 * chunks, which * chunks)
+                matrix = inline_rows.Matrix(problem.n, chunks, 2 * chunks, which * chunks)
                 before = tile.expert * problem.n
             else:
-                matrix, before = inline.Matrix(columns, chunks, chunks), tile.expert * columns
-        inline.copy_matrix(*(ref, target, self.w_like, matrix, before, row, chunk), shape=shape)
+                matrix, before = inline_rows.Matrix(columns, chunks, chunks), tile.expert * columns
+        inline_rows.copy_matrix(
+            *(ref, target, self.w_like, matrix, before, row, chunk), shape=shape
+        )

@@ -36,7 +36,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.hopper import NUM_SMS
-from moe_align_jax._grouped_matmul import inline, kernel, launch, reference
+from moe_align_jax._grouped_matmul import (
+    inline,
+    inline_rows,
+    inline_stores,
+    inline_wgmma,
+    kernel,
+    launch,
+    reference,
+)
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 from moe_align_jax._lowering.sharding import vary_together
@@ -131,7 +139,7 @@ def tiles_for(problem: WeightGradient) -> Tiles:
     tiles = Tiles(
         late=problem.layout.out_dtype != "float32",
         lag=1 if problem.gathered else 2,
-        short=inline.multiplies_rows(),
+        short=inline_wgmma.multiplies_rows(),
     )
     # As many tiles as CTAs run at once: of a wide matrix, all its columns and one or two m tiles. They would
     # read the whole of an expert's rows again for each m tile.
@@ -533,7 +541,7 @@ def build(
     """The kernel as a function of what `arguments` gives."""
     if tiles.lag > tiles.stages - 2:
         raise ValueError(f"the loads would wait for products that wait for them: {tiles}")
-    if tiles.short and not inline.multiplies_rows():
+    if tiles.short and not inline_wgmma.multiplies_rows():
         raise ValueError(
             f"this jax does not have what {tiles.name} are made of; take `short=False`"
         )
@@ -660,7 +668,7 @@ def build(
 
                     def these(sums):
                         clear(slot, rest, most - _SHORT, most)
-                        return inline.multiply_rows(
+                        return inline_wgmma.multiply_rows(
                             *(sums, left_tiles.at[slot], right_tiles.at[slot], likes, warpgroup),
                             rows=most,
                             interpret=interpret,
@@ -685,7 +693,7 @@ def build(
                 # Both warpgroups write the same zeros: each waits for its own.
                 for (side, _, stage), like in zip(sides, likes, strict=True):
                     if side.by_tma:
-                        inline.clear_rows(
+                        inline_stores.clear_rows(
                             *(stage.at[slot], like, rows),
                             shape=(most, side.wide),
                             interpret=interpret,
@@ -735,7 +743,7 @@ def build(
                     tile[...] = value
                     plgpu.commit_smem()
                     if by_rows:
-                        inline.store_rows(
+                        inline_stores.store_rows(
                             *(tile, o_like, out_ref, expert * k + row, (expert + 1) * k, column),
                             rows=_WM,
                             max_rows=k,
@@ -803,7 +811,7 @@ def build(
                 def find(step):
                     """Where the rows of a step lie: of each operand that comes by cp.async."""
                     return tuple(
-                        inline.find_wide_rows(
+                        inline_rows.find_wide_rows(
                             *(ids_ref if side.gathered else None, first + step * bk, end),
                             rows=bk,
                             per_row=side.wide // UNIT,
@@ -829,7 +837,7 @@ def build(
                             source = ref.at[rows, pl.ds(column, side.wide)]
                             plgpu.copy_gmem_to_smem(source, stage.at[slot], full.at[slot])
                         else:
-                            inline.copy_wide_rows(
+                            inline_rows.copy_wide_rows(
                                 *(ref, stage.at[slot], like, rest.pop(0)),
                                 lax.div(column, _I32(UNIT)),
                                 rows=bk,

@@ -319,7 +319,7 @@ def test_each_number_of_last_rows_in_the_interpreter(rows, out):
 
 def test_a_jax_without_the_parts_of_wgmma_takes_whole_steps(monkeypatch):
     problem, *_ = of_whole_numbers("blocks", 128, 256, "bfloat16")
-    monkeypatch.setattr(kernel.inline, "_wgmma", None)
+    monkeypatch.setattr(kernel.inline_wgmma, "_wgmma", None)
     assert not kernel.tiles_for(problem).short
     with pytest.raises(ValueError, match="this jax"):
         kernel.build(problem, kernel.Tiles(short=True))
