@@ -337,7 +337,7 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     given: tuple[Any, ...] = ()
     make: Callable = of_masked
     if not size.max_rows:
-        # Of two alignments the one that its tiles fill: see config._e4m3_config.
+        # Of two alignments the one that its tiles fill: see choose_e4m3_tiles.py.
         given, make = (192 if size.rows / size.experts >= 1000 else 128,), of_blocks
     name = f"blocks of {given[0]}" if given else "masked"
     found[f"e4m3, {name}"] = by_jax(make, *given, e4m3=True)

@@ -3,9 +3,9 @@
 python -m benchmarks.moe_tiles --out ROWS.jsonl
 
 Each variant is one jitted step of four layers, as in benchmarks.moe_layer, with other tiles, another block
-size or another rule (`_grouped_matmul/config.py`). Before a time is taken, sampled tokens are compared with
-float32 products of torch's. The time is the device's span per layer; a variant's kernels are listed beside
-it. With `--sustained ROUNDS` the variants then take turns, forth and back, by the host's clock of
+size or another rule (`_grouped_matmul/tile_rules.py`). Before a time is taken, sampled tokens are compared
+with float32 products of torch's. The time is the device's span per layer; a variant's kernels are listed
+beside it. With `--sustained ROUNDS` the variants then take turns, forth and back, by the host's clock of
 benchmarks.moe_layer: steps after each other, in which long products reach the GPU's power limit, so that the
 tiles of the least energy win, which need not be those of the least span. A batch size of a model is a child
 process. All of them compile first, side by side, then one after the
@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     """What differs from the usual choice.
 
     Attributes:
-        rules: fields of `config.Rules`, in place of the GPU kind's.
+        rules: fields of `tile_rules.Rules`, in place of the GPU kind's.
         first, second: tiles of gate and up, and of down.
         block_size: of the alignment.
     """
@@ -68,12 +68,12 @@ class Variant(NamedTuple):
         """What is lowered meanwhile gets it."""
         import jax
 
-        from moe_align_jax._grouped_matmul import config, launch
+        from moe_align_jax._grouped_matmul import choose_tiles, launch, tile_rules
         from moe_align_jax._lowering import select
         from moe_align_jax._moe_layer import token_sum
 
-        kind, usual = select.gpu_kind() or "", config.config_for
-        rules = config.RULES.get(kind, config.DEFAULT_RULES)._replace(**self.rules)
+        kind, usual = select.gpu_kind() or "", choose_tiles.config_for
+        rules = tile_rules.RULES.get(kind, tile_rules.DEFAULT_RULES)._replace(**self.rules)
 
         def config_for(problem, gpu_kind=None):
             mine = self.first if problem.weights.gated else self.second
@@ -86,7 +86,7 @@ class Variant(NamedTuple):
 
         jax.clear_caches()  # of layers that were traced with the other way to sum
         with (
-            mock.patch.dict(config.RULES, {kind: rules}),
+            mock.patch.dict(tile_rules.RULES, {kind: rules}),
             mock.patch.object(token_sum, "takes", sums),
         ):
             with mock.patch.object(launch, "config_for", config_for):

@@ -11,7 +11,7 @@ import numpy as np
 from moe_align_jax._core import checks
 from moe_align_jax._grouped_matmul import (
     arguments,
-    config,
+    choose_tiles,
     derivative,
     quantized,
     reference,
@@ -518,8 +518,8 @@ def select_matmul_implementation(
     if choice == "xla":
         return Selection(choice, "loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
-    launched = problem if choice == "emulator" else config.as_multiplied(problem, kind)
-    return Selection(choice, config.config_for(launched, kind).name, reasons)
+    launched = problem if choice == "emulator" else choose_tiles.as_multiplied(problem, kind)
+    return Selection(choice, choose_tiles.config_for(launched, kind).name, reasons)
 
 
 def _run(problem: MatmulProblem, implementation: Any, *operands: jax.Array) -> jax.Array:

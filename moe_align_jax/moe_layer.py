@@ -23,7 +23,7 @@ from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul import choice as implementations
-from moe_align_jax._grouped_matmul import config, quantized, token_sum_config
+from moe_align_jax._grouped_matmul import choose_tiles, quantized, token_sum_config
 from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
@@ -534,8 +534,10 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)
     kind = None if choice == "emulator" else select.gpu_kind()
-    launched = both if choice == "emulator" else [config.as_multiplied(each, kind) for each in both]
-    tiles = [config.config_for(each, kind).name for each in launched]
+    launched = (
+        both if choice == "emulator" else [choose_tiles.as_multiplied(each, kind) for each in both]
+    )
+    tiles = [choose_tiles.config_for(each, kind).name for each in launched]
     if problem.token_sum and (sums := token_sum_config.config_for(problem.token_sum)):
         tiles[1] = sums.name
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

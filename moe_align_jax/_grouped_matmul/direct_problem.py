@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from moe_align_jax._grouped_matmul.config import Config, config_for, unshared, unsupported
+from moe_align_jax._grouped_matmul.choose_tiles import config_for
+from moe_align_jax._grouped_matmul.config import Config, unshared, unsupported
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
 

@@ -8,13 +8,8 @@ import numpy as np
 from jax import lax
 
 from moe_align_jax._grouped_matmul import cut_list, kernel, spread, spread_kernel, tile_list
-from moe_align_jax._grouped_matmul.config import (
-    Config,
-    config_for,
-    permutes_first,
-    spreads_first,
-    unshared,
-)
+from moe_align_jax._grouped_matmul.choose_tiles import config_for, permutes_first, spreads_first
+from moe_align_jax._grouped_matmul.config import Config, unshared
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape, shape_of
 from moe_align_jax._simt.language import Program

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from moe_align_jax._core.hopper import MAX_SHARED_BYTES, NUM_SMS
+from moe_align_jax._grouped_matmul import choose_tiles
 from moe_align_jax._grouped_matmul import config as products
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, TokenSum
 
@@ -104,5 +105,5 @@ def config_for(problem: TokenSum) -> Tiles | None:
 
 def _ctas_of_product(product: MatmulProblem) -> int:
     """That have a tile of the product alone, or a part of one."""
-    tiles = products.config_for(product)
+    tiles = choose_tiles.config_for(product)
     return product.num_blocks * -(-product.n // tiles.bn) * tiles.split

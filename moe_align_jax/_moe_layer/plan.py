@@ -26,7 +26,7 @@ _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 # and 260.1 of 16.
 _OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (math.inf, 184))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
-# Up to eight experts have blocks of 176, six of which hold 1024 rows (groups of six: see `config._whole`).
+# Up to eight experts have blocks of 176, six of which hold 1024 rows (in groups: see `choose_tiles._whole`).
 # Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
 #   4096 tokens, 13:52, all in groups of 8: 128 rows 4043, 12822; 176 3803, 12337; 192 4050, 13275
 #   8192 tokens: groups of 8, 13:52: 176 8385, 192 8293; then 192 in groups of 8, 176 in groups of 6:
@@ -34,7 +34,8 @@ _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # By rule, not measured: every other mean above 270 (16384 tokens are 24 blocks an expert), other H and N,
 # fewer experts. 192 may be faster where it needs a block less, as of 353 to 384 rows. Nine to 16 experts
 # keep 192, since none were measured with 176. It is one or the other: with both, 16 experts would need 14
-# kernels, as those of pairs without an alignment are more (`config._SPLITS`); a model shall need at most 12.
+# kernels, as those of pairs without an alignment are more (`tile_rules._SPLITS`); a model shall need at most
+# 12.
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (math.inf, 176))
 _FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert
@@ -181,8 +182,8 @@ def without_alignment(num_pairs: Any, num_experts: int) -> bool:
 def kind_of_blocks(
     weights: Weights, hidden: int, ffn: int, e4m3: bool = False, bias_down: bool = False
 ) -> str:
-    """Whether blocks of any multiple of 8 rows are tiles of both products (`config.takes_whole`), and whether
-    these may have several heights (`config.with_heights`)."""
+    """Whether blocks of any multiple of 8 rows are tiles of both products
+    (`choose_tiles.takes_whole`), and whether these may have several heights (`config.with_heights`)."""
     parted = weights.gated and weights.interleaved and not weights.transposed
     whole = all(size % 64 == 0 and size > 64 for size in (hidden, ffn))
     spills = weights.activation == "gelu" or weights.activation == "gelu_tanh" and not weights.gated

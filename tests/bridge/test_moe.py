@@ -499,7 +499,8 @@ def test_what_lies_otherwise_is_copied_and_explain_says_so(gpu):
 
 def test_few_programs_serve_all_numbers_of_tokens(gpu):
     """With the tiles that the layer has for each number under jit, but that no cluster shares them."""
-    from moe_align_jax._grouped_matmul.config import config_for, unshared
+    from moe_align_jax._grouped_matmul.choose_tiles import config_for
+    from moe_align_jax._grouped_matmul.config import unshared
 
     E_, K_ = 128, 8
     up = torch.empty((E_, 2 * 768, 2048), dtype=BF16, device="meta")

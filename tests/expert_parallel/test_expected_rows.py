@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 import moe_align_jax as maj
 from benchmarks import decode_layers, decode_step, exchanges
 from moe_align_jax import matmul
-from moe_align_jax._grouped_matmul import config
+from moe_align_jax._grouped_matmul.choose_tiles import config_for
 from tests.expert_parallel.exchanges import mesh_of, over
 from tests.expert_parallel.test_expert_parallel import ROOT
 
@@ -39,7 +39,7 @@ def pairs_of_experts(tokens, model):
 
 def reads(problem, counts):
     """How many tiles of rows an expert in use has, each of which reads all of its weights."""
-    bm = config.config_for(problem, H200).bm
+    bm = config_for(problem, H200).bm
     return (-(-counts // bm)).sum() / (counts > 0).sum()
 
 
@@ -104,7 +104,7 @@ def test_layers_tell_the_rows_of_a_mean_expert(monkeypatch, products):
             untold = reads(problem._replace(expected_rows=0), counts)
             assert untold > (1.3 if tokens == 8 else 4.4)
             before, since = (
-                config.config_for(p, H200).bm for p in (problem._replace(expected_rows=0), problem)
+                config_for(p, H200).bm for p in (problem._replace(expected_rows=0), problem)
             )
             told = f"{before}, {since} | {untold:.1f}, {reads(problem, counts):.1f}"
             assert f"| {tokens} | {counts.mean():.0f} | {told} |" in page
@@ -145,6 +145,6 @@ def test_every_layer_of_the_benchmark_tells_the_same_rows(products, model, form)
         assert len(products) == 2 * len(names) >= 10, names
         assert {p.expected_rows for p in products} == {counts.mean()}
         for problem in products:
-            before = config.config_for(problem._replace(expected_rows=0), H200)
-            assert (config.config_for(problem, H200) == before) == (e == 128)
+            before = config_for(problem._replace(expected_rows=0), H200)
+            assert (config_for(problem, H200) == before) == (e == 128)
         products.clear()

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import choose_tiles, kernel, launch, reference
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from tests.matmul.oracle import error
 from tests.matmul.test_matmul import make_case, normal
@@ -210,7 +210,7 @@ def test_tiles_fit_in_shared_memory(block_size, gated):
         num_tokens=24,
         top_k=2,
     )
-    config = tiles.config_for(problem)
+    config = choose_tiles.config_for(problem)
     named = {name: jnp.zeros(*array) for name, array in problem.inputs.items()}
     operands = launch.arguments(problem, config, named, None, interpret=False)
     with jax.enable_x64(False):
@@ -266,5 +266,5 @@ def test_rows_of_many_columns_are_gathered_first(experts, top_k, tokens, columns
         top_k=top_k,
         zero_padding=False,
     )
-    assert tiles.permutes_first(problem, "NVIDIA H200") is first
-    assert not tiles.permutes_first(problem._replace(num_tokens=0, top_k=0), "NVIDIA H200")
+    assert choose_tiles.permutes_first(problem, "NVIDIA H200") is first
+    assert not choose_tiles.permutes_first(problem._replace(num_tokens=0, top_k=0), "NVIDIA H200")

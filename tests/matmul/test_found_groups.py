@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_align_jax._grouped_matmul import choose_tiles, found_groups, kernel, launch, reference
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import found_groups, kernel, launch, reference
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from tests.matmul.found import by_ctas
 
@@ -214,7 +214,7 @@ def test_which_products_take_them():
         given = MatmulProblem(
             "test", "ragged", rows, k, n, groups, *kinds, num_groups=groups, **more
         )
-        return tiles.config_for(given)
+        return choose_tiles.config_for(given)
 
     assert chosen(32768, 128) == FOUND
     for experts in (8, 128):
@@ -222,7 +222,7 @@ def test_which_products_take_them():
             *("test", "blocks", experts * 400, 2048, 1536, experts, "bfloat16", "bfloat16"),
             **{"block_size": BLOCK, "zero_padding": False, "num_pairs": experts * 256},
         )
-        assert tiles.config_for(blocks).mixes == (experts == 128)
+        assert choose_tiles.config_for(blocks).mixes == (experts == 128)
     assert chosen(8192, 128) == FOUND
     assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)
     assert chosen(2048, 8) == FOUND._replace(group=4)

@@ -11,8 +11,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import choose_tiles, kernel, launch
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import kernel, launch
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
@@ -449,7 +449,7 @@ def test_tiles_follow_the_rows_of_an_expert(rows, changes, form):
     lie = {"weights": Weights(transposed=True), "scales": Scales("row_major", "blocks")}
     given = {"max_rows": 4096} if rows == "masked" else {"block_size": 128}
     given |= sizes | lie | {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"} | changes
-    assert tiles.config_for(MatmulProblem("test", rows, **given)).name == form
+    assert choose_tiles.config_for(MatmulProblem("test", rows, **given)).name == form
 
 
 def bad_cases():

@@ -19,8 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import (
+    choose_tiles,
+    cut_list,
+    found_cut,
+    kernel,
+    launch,
+    reference,
+)
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import cut_list, found_cut, kernel, launch, reference
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._simt import emulator
@@ -450,7 +457,7 @@ def test_which_products_take_them():
         weights = more.pop("weights", Weights())
         given = problem_of(made(block, experts, []), block, experts, k, n, **more)
         given = given._replace(num_rows=experts * block * rows, weights=weights)
-        found = tiles.config_for(given)
+        found = choose_tiles.config_for(given)
         assert found.bm == block
         if not found.heights:
             assert not (found.finds or found.falling or found.exact or found.trims)
@@ -515,8 +522,8 @@ def test_launches_outside_jit_have_no_listed_tiles():
     """They have those of one height, with their order, where a launch would list the others."""
     given = problem_of(made(192, 256, []), 192, 256, 7168, 14336, zero_padding=False)
     given = given._replace(num_rows=256 * 192 * 7, consecutive=True)
-    assert tiles.config_for(given).falling
-    for config in (None, tiles.config_for(given, lists=False)):
+    assert choose_tiles.config_for(given).falling
+    for config in (None, choose_tiles.config_for(given, lists=False)):
         found = DirectMatmul(given, config=config).tiles
         assert found == TALL._replace(bm=192, group=4, lag=found.lag, stages=found.stages)
 
@@ -526,7 +533,7 @@ def test_launches_outside_jit_find_their_tiles(experts, block):
     given = problem_of(made(block, experts, []), block, experts, 1024, 7168, zero_padding=False)
     given = given._replace(num_rows=experts * block * 7, consecutive=True)
     found = DirectMatmul(given).tiles
-    assert found.heights and found.finds and found == tiles.config_for(given)
+    assert found.heights and found.finds and found == choose_tiles.config_for(given)
 
 
 @pytest.mark.gpu

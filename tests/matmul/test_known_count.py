@@ -11,7 +11,7 @@ import pytest
 import moe_align_jax as maj
 from moe_align_jax import moe_layer
 from moe_align_jax._grouped_matmul import direct, kernel, launch
-from moe_align_jax._grouped_matmul.config import config_for
+from moe_align_jax._grouped_matmul.choose_tiles import config_for
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import Weights
 from moe_align_jax._grouped_matmul.shape import shape_of

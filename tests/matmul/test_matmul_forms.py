@@ -15,8 +15,8 @@ import pytest
 import moe_align_jax as maj
 from moe_align_jax import matmul
 from moe_align_jax._core.hopper import MAX_SHARED_BYTES
+from moe_align_jax._grouped_matmul import choose_tiles, kernel, launch, reference, tile_list
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import kernel, launch, reference, tile_list
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
 from moe_align_jax._simt import emulator
@@ -79,7 +79,7 @@ def in_use(problem, operands) -> np.ndarray:
 
 def check(problem, operands, config, *, interpret: bool) -> None:
     """The kernel, into poisoned memory, against the reference; twice on a GPU."""
-    config = config or tiles.config_for(problem)
+    config = config or choose_tiles.config_for(problem)
     if config.late and not tiles.may_be_late(problem):
         config = config._replace(late=False)
     if interpret:
@@ -466,7 +466,7 @@ def test_every_size_gets_tiles_that_fit():
                             *("bfloat16", out, Weights(**options)),
                             block_size=block,
                         )
-                        config = tiles.config_for(problem)
+                        config = choose_tiles.config_for(problem)
                         item = 4 if out == "float32" else 2
                         ring = config.stages * config.bk * (config.bm + config.bn) * 2
                         rows = shape_of(problem, config).piece_rows
@@ -501,7 +501,7 @@ def test_blocks_of_many_rows_are_tiles(block, options, rows, bm):
         *(Weights(**options), block),
         zero_padding=False,
     )
-    config = tiles.config_for(problem)
+    config = choose_tiles.config_for(problem)
     assert config.bm == bm
     assert config.late is (bm in (128, 144))
 
@@ -512,7 +512,7 @@ def test_groups_of_blocks_of_176_rows_hold_1024_rows():
     def found(block, experts=8, columns=28672, out_dtype="bfloat16"):
         sizes = (32768, 4096, columns, experts, "bfloat16", out_dtype)
         problem = MatmulProblem("test", "blocks", *sizes, Weights(), block, zero_padding=False)
-        config = tiles.config_for(problem, "NVIDIA H200")
+        config = choose_tiles.config_for(problem, "NVIDIA H200")
         return config.bm, config.group
 
     assert 5 * 176 < 1024 <= 6 * 176
@@ -529,7 +529,7 @@ def test_masked_rows_are_taken_expert_by_expert_where_tiles_have_128_rows():
 
     def name(rows, columns=4096, **more):
         problem = MatmulProblem("test", "masked", 32 * rows, **sizes | {"n": columns} | more)
-        return tiles.config_for(problem._replace(max_rows=rows), "NVIDIA H200").name
+        return choose_tiles.config_for(problem._replace(max_rows=rows), "NVIDIA H200").name
 
     assert name(1024) == "128x256x64s4m-g8-late-experts"
     assert name(1024, out_dtype="float32") == "128x256x64s4m-g8-experts"
@@ -538,7 +538,7 @@ def test_masked_rows_are_taken_expert_by_expert_where_tiles_have_128_rows():
     blocks_ = MatmulProblem("test", "blocks", 32768, **sizes, block_size=128)
     ragged_ = MatmulProblem("test", "ragged", 32768, **sizes, num_groups=32)
     for problem in (blocks_, ragged_):
-        assert not tiles.config_for(problem, "NVIDIA H200").by_expert
+        assert not choose_tiles.config_for(problem, "NVIDIA H200").by_expert
 
 
 def test_few_rows_get_small_tiles_and_many_get_large_ones():

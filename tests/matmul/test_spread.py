@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
+from moe_align_jax._grouped_matmul import (
+    choose_tiles,
+    derivative,
+    launch,
+    reference,
+    spread,
+    spread_kernel,
+)
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import derivative, launch, reference, spread, spread_kernel
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from moe_align_jax._moe_layer.plan import LayerProblem
 
@@ -205,10 +212,10 @@ def test_which_products_take_it(experts, top_k, tokens, hidden, ffn, first):
     block = maj.moe_block_size(tokens, top_k=top_k, num_experts=experts)
     rows = tokens * top_k + experts * (block - 1)
     problem = problem_of(tokens, top_k, experts, hidden, ffn, block, rows)
-    assert tiles.spreads_first(problem, "NVIDIA H200") is first
-    assert not tiles.spreads_first(problem._replace(inverse=False), "NVIDIA H200")
-    assert not tiles.spreads_first(problem._replace(leaves_padding=False), "NVIDIA H200")
-    assert not tiles.spreads_first(problem.permuted, "NVIDIA H200")
+    assert choose_tiles.spreads_first(problem, "NVIDIA H200") is first
+    assert not choose_tiles.spreads_first(problem._replace(inverse=False), "NVIDIA H200")
+    assert not choose_tiles.spreads_first(problem._replace(leaves_padding=False), "NVIDIA H200")
+    assert not choose_tiles.spreads_first(problem.permuted, "NVIDIA H200")
 
 
 def test_which_layers_know_the_rows():

@@ -54,7 +54,7 @@ def problems() -> Iterator[tuple[str, Any]]:
 
 def e4m3_problems() -> Iterator[tuple[str, Any]]:
     """As DeepGEMM's contiguous and masked layouts have them: each way to load scales."""
-    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.choose_tiles import config_for
     from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
     from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 

@@ -30,7 +30,8 @@ _AT_ONCE = 12
 
 def problems() -> Iterator[tuple[str, Any, Any]]:
     """(What it is, the problem, tiles) of each kernel; names begin with the form."""
-    from moe_align_jax._grouped_matmul.config import Config, config_for, with_heights
+    from moe_align_jax._grouped_matmul.choose_tiles import config_for
+    from moe_align_jax._grouped_matmul.config import Config, with_heights
     from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 
     m = Config("m", 128, 256, 64, 4, late=True)
@@ -230,7 +231,7 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
 
 def one_token() -> Iterator[tuple[str, Any, Any]]:
     """Both products of layers of one token, whose rows are known to be all in use, in their usual tiles."""
-    from moe_align_jax._grouped_matmul.config import config_for
+    from moe_align_jax._grouped_matmul.choose_tiles import config_for
     from moe_align_jax._grouped_matmul.problem import Weights
     from moe_align_jax._moe_layer.plan import LayerProblem
 
@@ -277,7 +278,8 @@ def token_sums() -> Iterator[tuple[str, Any, Any]]:
 
 def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
     """Every way to load scales, and the tiles that sizes of e4m3 operands get."""
-    from moe_align_jax._grouped_matmul.config import Config, config_for
+    from moe_align_jax._grouped_matmul.choose_tiles import config_for
+    from moe_align_jax._grouped_matmul.config import Config
     from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 
     masked: dict[str, Any] = {"rows": "masked", "max_rows": 512, "num_rows": 4096}

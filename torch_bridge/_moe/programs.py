@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul.config import config_for, unshared
+from moe_align_jax._grouped_matmul.choose_tiles import config_for
+from moe_align_jax._grouped_matmul.config import unshared
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._moe_layer import plan

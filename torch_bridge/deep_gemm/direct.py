@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_align_jax._core.int32 import INT32_MAX
-from moe_align_jax._grouped_matmul.config import UNIT, config_for
+from moe_align_jax._grouped_matmul.choose_tiles import config_for
+from moe_align_jax._grouped_matmul.config import UNIT
 from moe_align_jax._grouped_matmul.direct_problem import (
     NUM_PAIRS,
     NUM_ROWS,

@@ -10,7 +10,7 @@ from torch_bridge import _checks
 
 _TMA_BYTES = 16
 _DEFAULT_ALIGNMENT = 128
-# Blocks of these rows have a tile of their own: see moe_align_jax/_grouped_matmul/config.py.
+# Blocks of these rows have a tile of their own: see moe_align_jax/_grouped_matmul/choose_e4m3_tiles.py.
 _ALIGNMENTS = (64, 128, 192)
 _alignment = _DEFAULT_ALIGNMENT
 HOPPER_RECIPE = (1, GROUP, GROUP)
