@@ -208,7 +208,7 @@ def test_ctas_have_every_tile_once_where_some_were_dealt(name):
                 *(jnp.int32(cta), ctas, total),
                 back=back,
                 dealt=found,
-                tile_listed=lambda place, listed=listed: jnp.array(listed)[place],
+                tile_listed=lambda place, listed=listed: jnp.array(listed, jnp.int32)[place],
             )
             mine = jax.vmap(turns.tile)(jnp.arange(int(turns.mine), dtype=jnp.int32)).tolist()
             assert mine[: len(listed)] == listed
