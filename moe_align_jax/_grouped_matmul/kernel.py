@@ -49,6 +49,9 @@ from moe_align_jax._lowering.launch_value import launch_value
 
 _I32, _F32 = jnp.int32, jnp.float32
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+# Blocks of which a part is dealt out by rounds (else products of their numbers overflow), and how many more
+# of the small part the CTAs with one tile more get: so many take as much less time as a large one takes.
+_MOST_DEALT, _MORE_SMALL = 1 << 15, 4
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it; by how many
 # warpgroups multiply.
 _REGISTERS = {
@@ -98,12 +101,14 @@ class Mixing(NamedTuple):
         small: of the small part; 0: all keep their order.
         large_from, small_from: the first of either part.
         units: of both parts.
+        a_round: how many of them the CTAs take in a round, if that is a whole number; else 0.
     """
 
     small: jax.Array
     large_from: jax.Array
     small_from: jax.Array
     units: jax.Array
+    a_round: int = 0
 
 
 class _Refs:
@@ -656,7 +661,11 @@ def build(
             masks = problem.rows == "masked" and config.ahead and not stages & (stages - 1)
             how = None
             if config.mixes:
-                how = mixing(config.group, refs.experts, problem.num_experts, row_tiles)
+                fits = not config.group and clusters % n_tiles == 0
+                fits = fits and problem.num_blocks <= _MOST_DEALT
+                a_round = clusters // n_tiles if fits else 0
+                sizes = problem.num_experts, row_tiles, a_round
+                how = mixing(config.group, refs.experts, *sizes)
 
             def one(i, carry):
                 ring, said = carry
@@ -842,7 +851,9 @@ def in_groups(
     return first * group + (rest - n * size), n
 
 
-def mixing(group: int, experts: Any, num_experts: int, row_tiles: jax.Array) -> Mixing:
+def mixing(
+    group: int, experts: Any, num_experts: int, row_tiles: jax.Array, a_round: int = 0
+) -> Mixing:
     """How tiles of blocks are mixed: not at all, but where the experts seem to be sorted by their rows.
 
     Then the tile at two thirds of the rows is of an expert of the first half, or that at one third of one of
@@ -855,14 +866,20 @@ def mixing(group: int, experts: Any, num_experts: int, row_tiles: jax.Array) -> 
     falls = (experts[far] >= 0) & (experts[far] * 2 < num_experts)
     rises = (experts[near] * 2 > num_experts) & (experts[near] < num_experts)
     small = jnp.where(falls | rises, third, 0)
-    return Mixing(
-        small, jnp.where(falls, 0, small), jnp.where(falls, units - small, 0).astype(_I32), units
-    )
+    large_from = jnp.where(falls, 0, small)
+    small_from = jnp.where(falls, units - small, 0).astype(_I32)
+    return Mixing(small, large_from, small_from, units, a_round)
 
 
 def mixed(known: Mixing, at: jax.Array) -> jax.Array:
-    """Which unit (tile of rows, or whole group of them) is the at-th: after two of the large part one of the
-    small part; what is left of the large part, and a group that is not whole, come last."""
+    """Which unit (tile of rows, or whole group of them) is the at-th.
+
+    Dealt by rounds, where these are whole; else after two of the large part one of the small part, and what is
+    left of the large part, and a group that is not whole, come last.
+    """
+    if known.a_round:
+        some = (known.small > 0) & (at < known.units)
+        return lax.cond(some, functools.partial(dealt, known), lambda at: at, at)
     turn = lax.div(at, _I32(3))
     place = at - turn * 3
     both = turn < known.small
@@ -870,6 +887,40 @@ def mixed(known: Mixing, at: jax.Array) -> jax.Array:
     of_large = jnp.where(both, turn * 2 + place, at - known.small) + known.large_from
     found = jnp.where(of_small, turn + known.small_from, of_large)
     return jnp.where(at < known.units, found, at)
+
+
+def dealt(known: Mixing, at: jax.Array) -> jax.Array:
+    """The at-th unit, where CTAs take `a_round` units in each round: all CTAs have about as much to do.
+
+    Places of a round that the last one has, too, take one unit more in all, and `_MORE_SMALL` more of the
+    small part. In each round the units of that part go on, place by place, where they ended in the round
+    before: each place gets as many of them.
+    """
+    each = known.a_round
+    turn = lax.div(at, _I32(each))
+    place = at - turn * each
+    turns = lax.div(known.units + (each - 1), _I32(each))
+    more = known.units - (turns - 1) * each  # places with one unit more
+    less = jnp.maximum(each - more, 1)
+    of_more = lax.div(more * (known.small + (each - more) * _MORE_SMALL), _I32(each))
+    of_more = jnp.minimum(jnp.minimum(of_more, known.small), more * turns)
+    of_less = known.small - of_more
+
+    def before(small: Any, turn: Any, turns: Any) -> Any:
+        """How many of the small ones stand in the rounds before that one."""
+        return lax.div(jnp.minimum(turn, turns) * small, jnp.maximum(turns, 1))
+
+    first, second = before(of_more, turn, turns), before(of_less, turn, turns - 1)
+    added = before(of_more, turn + 1, turns) - first
+    others = before(of_less, turn + 1, turns - 1) - second
+    is_more = place < more
+    size, start = jnp.where(is_more, more, less), jnp.where(is_more, first, second)
+    count = jnp.where(is_more, added, others)
+    place = jnp.where(is_more, place, place - more) + (size - lax.rem(start, size))
+    place = jnp.where(place >= size, place - size, place)  # the small ones come first
+    of_small = first + second + place + jnp.where(is_more, 0, added)
+    of_large = turn * each - first - second + (place - count) + jnp.where(is_more, 0, more - added)
+    return jnp.where(place < count, of_small + known.small_from, of_large + known.large_from)
 
 
 def _in_expert(
