@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._grouped_matmul import (
     epilogue,
     found_cut,
@@ -49,9 +50,9 @@ from moe_align_jax._lowering.launch_value import launch_value
 
 _I32, _F32 = jnp.int32, jnp.float32
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-# Blocks of which a part is dealt out by rounds (else products of their numbers overflow), and how many more
-# of the small part the CTAs with one tile more get: so many take as much less time as a large one takes.
-_MOST_DEALT, _MORE_SMALL = 1 << 15, 4
+# How many more tiles of small experts the CTAs with one tile more get (`dealt`): so many take as much less
+# time as one of the others takes.
+_MORE_SMALL = 4
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it; by how many
 # warpgroups multiply.
 _REGISTERS = {
@@ -661,9 +662,7 @@ def build(
             masks = problem.rows == "masked" and config.ahead and not stages & (stages - 1)
             how = None
             if config.mixes:
-                fits = not config.group and clusters % n_tiles == 0
-                fits = fits and problem.num_blocks <= _MOST_DEALT
-                a_round = clusters // n_tiles if fits else 0
+                a_round = rounds_of(problem, clusters, n_tiles) if not config.group else 0
                 sizes = problem.num_experts, row_tiles, a_round
                 how = mixing(config.group, refs.experts, *sizes)
 
@@ -871,11 +870,21 @@ def mixing(
     return Mixing(small, large_from, small_from, units, a_round)
 
 
+def rounds_of(problem: MatmulProblem, clusters: int, n_tiles: int) -> int:
+    """Blocks that the CTAs take in a round, or 0 where `mixed` deals none out: where it is no whole number,
+    or where numbers of that many blocks would overflow."""
+    if clusters % n_tiles:
+        return 0
+    each, blocks = clusters // n_tiles, problem.num_blocks
+    turns = -(-blocks // each)
+    return each if blocks * turns * turns <= INT32_MAX else 0
+
+
 def mixed(known: Mixing, at: jax.Array) -> jax.Array:
     """Which unit (tile of rows, or whole group of them) is the at-th.
 
-    Dealt by rounds, where these are whole; else after two of the large part one of the small part, and what is
-    left of the large part, and a group that is not whole, come last.
+    Dealt by rounds, where these are whole; else after two of the large part one of the small part. What is
+    left of the large part, and a group that is not whole, come last then.
     """
     if known.a_round:
         some = (known.small > 0) & (at < known.units)
@@ -894,7 +903,8 @@ def dealt(known: Mixing, at: jax.Array) -> jax.Array:
 
     Places of a round that the last one has, too, take one unit more in all, and `_MORE_SMALL` more of the
     small part. In each round the units of that part go on, place by place, where they ended in the round
-    before: each place gets as many of them.
+    before: each place gets as many of them. The rounds of the experts with most rows, which begin few
+    experts' weights, have most of the small part: their number falls (or rises) evenly to none.
     """
     each = known.a_round
     turn = lax.div(at, _I32(each))
@@ -903,12 +913,15 @@ def dealt(known: Mixing, at: jax.Array) -> jax.Array:
     more = known.units - (turns - 1) * each  # places with one unit more
     less = jnp.maximum(each - more, 1)
     of_more = lax.div(more * (known.small + (each - more) * _MORE_SMALL), _I32(each))
-    of_more = jnp.minimum(jnp.minimum(of_more, known.small), more * turns)
-    of_less = known.small - of_more
+    most = lax.div(more * turns * turns, 2 * turns - 1)
+    of_more = jnp.minimum(jnp.minimum(of_more, known.small), most)
+    of_less, falls = known.small - of_more, known.small_from > 0
 
     def before(small: Any, turn: Any, turns: Any) -> Any:
-        """How many of the small ones stand in the rounds before that one."""
-        return lax.div(jnp.minimum(turn, turns) * small, jnp.maximum(turns, 1))
+        """How many of the small ones stand in the rounds before that one, of so many that have some."""
+        turn = jnp.minimum(turn, turns)
+        weight = jnp.where(falls, 2 * turns - turn, turn)
+        return lax.div(small * turn * weight, jnp.maximum(turns * turns, 1))
 
     first, second = before(of_more, turn, turns), before(of_less, turn, turns - 1)
     added = before(of_more, turn + 1, turns) - first
