@@ -102,7 +102,7 @@ class Mixing(NamedTuple):
         small: of the small part; 0: all keep their order.
         large_from, small_from: the first of either part.
         units: of both parts.
-        a_round: how many of them the CTAs take in a round, if that is a whole number; else 0.
+        a_round: units that all CTAs take in a round, where the small part is dealt out by rounds; else 0.
     """
 
     small: jax.Array
@@ -662,7 +662,8 @@ def build(
             masks = problem.rows == "masked" and config.ahead and not stages & (stages - 1)
             how = None
             if config.mixes:
-                a_round = rounds_of(problem, clusters, n_tiles) if not config.group else 0
+                deals = config.late and not config.group
+                a_round = rounds_of(problem, clusters, n_tiles) if deals else 0
                 sizes = problem.num_experts, row_tiles, a_round
                 how = mixing(config.group, refs.experts, *sizes)
 
@@ -898,37 +899,39 @@ def mixed(known: Mixing, at: jax.Array) -> jax.Array:
     return jnp.where(at < known.units, found, at)
 
 
+def _before(small: jax.Array, turn: Any, turns: Any, falls: jax.Array) -> jax.Array:
+    """How many of so many small units stand in the rounds before that one, of so many that have some.
+
+    They become fewer from round to round, or more, down to (or up from) none.
+    """
+    turn = jnp.minimum(turn, turns)
+    weight = (turn * jnp.where(falls, 2 * turns - turn, turn)).astype(_F32)
+    share = weight / jnp.maximum(turns * turns, 1).astype(_F32)
+    return (small.astype(_F32) * share + 0.5).astype(_I32)
+
+
 def dealt(known: Mixing, at: jax.Array) -> jax.Array:
     """The at-th unit, where CTAs take `a_round` units in each round: all CTAs have about as much to do.
 
     Places of a round that the last one has, too, take one unit more in all, and `_MORE_SMALL` more of the
     small part. In each round the units of that part go on, place by place, where they ended in the round
     before: each place gets as many of them. The rounds of the experts with most rows, which begin few
-    experts' weights, have most of the small part: their number falls (or rises) evenly to none.
+    experts' weights, have most of the small part.
     """
-    each = known.a_round
+    each, falls = known.a_round, known.small_from > 0
+    turns = lax.div(known.units + (each - 1), _I32(each))
+    more = known.units - (turns - 1) * each  # places of the last round
+    of_more = lax.div(more * (known.small + (each - more) * _MORE_SMALL), _I32(each))
+    of_more = jnp.minimum(jnp.minimum(of_more, known.small), lax.div(more * turns, _I32(2)))
+    of_less = known.small - of_more
     turn = lax.div(at, _I32(each))
     place = at - turn * each
-    turns = lax.div(known.units + (each - 1), _I32(each))
-    more = known.units - (turns - 1) * each  # places with one unit more
-    less = jnp.maximum(each - more, 1)
-    of_more = lax.div(more * (known.small + (each - more) * _MORE_SMALL), _I32(each))
-    most = lax.div(more * turns * turns, 2 * turns - 1)
-    of_more = jnp.minimum(jnp.minimum(of_more, known.small), most)
-    of_less, falls = known.small - of_more, known.small_from > 0
-
-    def before(small: Any, turn: Any, turns: Any) -> Any:
-        """How many of the small ones stand in the rounds before that one, of so many that have some."""
-        turn = jnp.minimum(turn, turns)
-        weight = jnp.where(falls, 2 * turns - turn, turn)
-        return lax.div(small * turn * weight, jnp.maximum(turns * turns, 1))
-
-    first, second = before(of_more, turn, turns), before(of_less, turn, turns - 1)
-    added = before(of_more, turn + 1, turns) - first
-    others = before(of_less, turn + 1, turns - 1) - second
+    first, second = _before(of_more, turn, turns, falls), _before(of_less, turn, turns - 1, falls)
+    added = _before(of_more, turn + 1, turns, falls) - first
+    others = _before(of_less, turn + 1, turns - 1, falls) - second
     is_more = place < more
-    size, start = jnp.where(is_more, more, less), jnp.where(is_more, first, second)
-    count = jnp.where(is_more, added, others)
+    size, start = jnp.where(is_more, more, each - more), jnp.where(is_more, first, second)
+    size, count = jnp.maximum(size, 1), jnp.where(is_more, added, others)
     place = jnp.where(is_more, place, place - more) + (size - lax.rem(start, size))
     place = jnp.where(place >= size, place - size, place)  # the small ones come first
     of_small = first + second + place + jnp.where(is_more, 0, added)

@@ -174,6 +174,58 @@ def test_blocks_are_mixed_where_experts_are_sorted(case, group):
             assert 0.2 < some.mean() < 0.8
 
 
+@pytest.mark.parametrize("a_round", [1, 2, 3, 22, 66, 132])
+def test_every_block_is_dealt_once(a_round):
+    """However many there are, and whichever part is the small one."""
+    places = jnp.arange(300, dtype=jnp.int32)
+
+    @jax.jit
+    def dealt(units, falls):
+        small = units // 3
+        parts = jnp.where(falls, 0, small), jnp.where(falls, units - small, 0)
+        known = kernel.Mixing(small, *parts, units, a_round)
+        return jax.vmap(lambda at: kernel.mixed(known, at))(places)
+
+    for units in (*range(1, 140), 256, 291, 300):
+        for falls in (True, False):
+            found = np.asarray(dealt(jnp.int32(units), falls))
+            assert sorted(found[:units].tolist()) == list(range(units)), (units, falls)
+            assert found[units:].tolist() == list(range(units, 300))
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_ctas_get_as_much_work_where_blocks_are_dealt(falls):
+    """Zipf over 128 experts in 288 blocks, of which 22 are taken in a round: those that take 14 blocks, not
+    13, have about three more small ones. Most small ones stand in the rounds of experts with many rows."""
+    blocks = -(-(6033 // np.arange(1, 129)) // 144)[:: 1 if falls else -1]
+    experts = np.repeat(np.arange(128, dtype=np.int32), blocks)
+    units, a_round = len(experts), 22
+    known = kernel.mixing(0, jnp.asarray(experts), 128, jnp.int32(units), a_round)
+    places = jnp.arange(units, dtype=jnp.int32)
+    order = np.asarray(jax.vmap(lambda at: kernel.mixed(known, at))(places))
+    third = units // 3
+    small = order >= units - third if falls else order < third
+    more = units % a_round
+    of_place = [int(small[place::a_round].sum()) for place in range(a_round)]
+    most, least = of_place[:more], of_place[more:]
+    assert max(most) - min(most) <= 1 and max(least) - min(least) <= 1
+    assert 2 <= min(most) - max(least) <= 4
+    rounds = [int(part.sum()) for part in np.split(small, range(a_round, units, a_round))][:-1]
+    rounds = np.array(rounds if falls else rounds[::-1])
+    assert (np.diff(rounds) <= 2).all() and rounds[:4].mean() > 3 * rounds[-4:].mean()
+    large = order[~small]  # remain in their order but for those of a round
+    assert np.abs(large - np.arange(len(large)) - (0 if falls else third)).max() < a_round
+
+
+def test_where_blocks_are_dealt_by_rounds():
+    """Where a round is whole, and no product of numbers of blocks overflows."""
+    problem = problem_of("odd")._replace(rows="blocks", block_size=144, num_rows=144 * 2000)
+    assert kernel.rounds_of(problem, 132, 6) == 22
+    assert kernel.rounds_of(problem, 132, 8) == 0
+    assert kernel.rounds_of(problem, 132, 66) == 2
+    assert kernel.rounds_of(problem, 132, 132) == 0
+
+
 @pytest.mark.parametrize("group", [0, 2])
 def test_products_of_mixed_blocks_in_the_interpreter(group, monkeypatch):
     """Right; and the kernel takes its tiles in that order."""
