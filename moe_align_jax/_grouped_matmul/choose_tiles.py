@@ -81,12 +81,13 @@ _LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 # that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
 # rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
+_LESS_OF_DEALT = (8, 16, 24, 64)
 _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_LISTS = 1 << 39
 _GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
 _GROUP_OF_COPIED = 4  # of gate and up whose rows lie in order
-_LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows
+_LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows; no blocks are dealt there
 
 
 def config_for(
@@ -181,11 +182,14 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
         late = tiles.late or problem.rows == "ragged" and may_be_late(problem)
         early = problem.weights.gated and problem.k >= _LEAST_K_NOT_LATE and not few
         more = {"finds": True, "late": late and not early, "trims": not problem.top_k}
-        found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
+        deals = in_turn and late and problem.rows == "blocks" and problem.k < _LEAST_K_NOT_LATE
+        less = _LESS_OF_DEALT if deals else _LESS_OF_144
+        found = with_heights(problem, tiles, less, True, **more)
         mixes = found.cuts and problem.rows == "blocks" and not few
-        return found._replace(group=0 if found.heights and in_turn else found.group, mixes=mixes)
+        group = 0 if found.heights and in_turn else found.group
+        return found._replace(group=group, mixes=mixes, deals=mixes and deals)
     if few:
         plain = not (problem.weights.gated or problem.top_k)
         if tiles.bm < _LEAST_OF_HEIGHTS or not plain:

@@ -66,6 +66,8 @@ class Config(NamedTuple):
         mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
             blocks that has most of the experts run beside those of the other two (`kernel.mixed`): the former
             wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
+        deals: with `mixes`, of no groups: the tiles of the smaller third are dealt out by rounds of all CTAs
+            (`kernel.dealt`), where n tiles divide the CTAs; the others follow two by two otherwise.
         peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
             are zeroed. Of e4m3.
     """
@@ -94,6 +96,7 @@ class Config(NamedTuple):
     trims: bool = False
     falling: bool = False
     mixes: bool = False
+    deals: bool = False
     peeled: bool = False
 
     @property
@@ -123,7 +126,7 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
-        more += "-mixes" if self.mixes else ""
+        more += ("-deals" if self.deals else "-mixes") if self.mixes else ""
         more += "-peeled" if self.peeled else ""
         usual = self.num_ctas == NUM_SMS or self.num_ctas < NUM_SMS and self.split > 1
         more += "" if usual else f"-{self.num_ctas}"
@@ -170,6 +173,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
         return "of blocks whose tiles find themselves alone a part is mixed with the others"
+    if tiles.deals and (tiles.group or not tiles.mixes):
+        return "blocks that are mixed, and not taken in groups, are dealt out by rounds"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := no_skips(problem, tiles)):

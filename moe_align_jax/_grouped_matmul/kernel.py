@@ -662,8 +662,7 @@ def build(
             masks = problem.rows == "masked" and config.ahead and not stages & (stages - 1)
             how = None
             if config.mixes:
-                deals = config.late and not config.group
-                a_round = rounds_of(problem, clusters, n_tiles) if deals else 0
+                a_round = rounds_of(problem, clusters, n_tiles) if config.deals else 0
                 sizes = problem.num_experts, row_tiles, a_round
                 how = mixing(config.group, refs.experts, *sizes)
 
