@@ -87,7 +87,9 @@ _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176,
 _LEAST_WORK_OF_LISTS = 1 << 39
 _GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
 _GROUP_OF_COPIED = 4  # of gate and up whose rows lie in order
-_LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows; no blocks are dealt there
+_LEAST_K_NOT_LATE = (
+    4096  # of gate and up of many experts in blocks of 144 rows; no blocks are dealt there
+)
 
 
 def config_for(

@@ -226,20 +226,50 @@ def test_where_blocks_are_dealt_by_rounds():
     assert kernel.rounds_of(problem, 132, 132) == 0
 
 
-@pytest.mark.parametrize("group", [0, 2])
-def test_products_of_mixed_blocks_in_the_interpreter(group, monkeypatch):
+def mixed_case(k: int, n: int) -> tuple[Any, MatmulProblem]:
+    """Blocks of experts that are sorted by their rows."""
+    from tests.matmul import test_heights
+
+    held = [(0, 144), (0, 144), (0, 100), (1, 144), (1, 30), *((e, 12 * e) for e in range(2, 9))]
+    where = test_heights.made(144, 18, held)
+    return where, test_heights.problem_of(where, 144, 18, k, n)
+
+
+DEALT = FOUND._replace(heights=(144, 136, 128, 120, 80), mixes=True, deals=True)
+
+
+@pytest.mark.parametrize("group, deals", [(0, False), (2, False), (0, True)])
+def test_products_of_mixed_blocks_in_the_interpreter(group, deals, monkeypatch):
     """Right; and the kernel takes its tiles in that order."""
     from tests.matmul import test_heights
 
-    held = [(0, 144), (0, 144), (0, 100), (1, 144), (1, 30), *((e, 5 * e) for e in range(2, 6))]
-    where = test_heights.made(144, 12, held)
-    problem = test_heights.problem_of(where, 144, 12, 64, 128)
-    config = FOUND._replace(group=group, mixes=True)
-    asked, mixed = [], kernel.mixed
-    monkeypatch.setattr(kernel, "mixed", lambda known, at: asked.append(at) or mixed(known, at))
+    where, problem = mixed_case(64, 128)
+    config = DEALT if deals else FOUND._replace(group=group, mixes=True)
+    assert tiles.refused(problem, config) is None
+    name, asked = "dealt" if deals else "mixed", []
+    usual = getattr(kernel, name)
+    monkeypatch.setattr(kernel, name, lambda known, at: asked.append(at) or usual(known, at))
     with jax.default_device(jax.devices("cpu")[0]):
         test_heights.check(where, problem, config, interpret=True)
     assert asked
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [256, 1536])
+def test_products_of_dealt_blocks_on_a_gpu(n):
+    """Right, and the bits of tiles of one height, which are taken in order."""
+    from tests.matmul import test_heights
+
+    where, problem = mixed_case(448, n)
+    test_heights.check(where, problem, DEALT, interpret=False)
+
+
+def test_what_cannot_be_dealt():
+    """Groups of blocks, and blocks that are not mixed."""
+    problem = mixed_case(64, 128)[1]
+    assert tiles.refused(problem, DEALT) is None
+    for other in (DEALT._replace(group=4), DEALT._replace(mixes=False)):
+        assert "dealt" in (tiles.refused(problem, other) or "")
 
 
 def test_groups_are_mixed():
@@ -274,7 +304,12 @@ def test_which_products_take_them():
             *("test", "blocks", experts * 400, 2048, 1536, experts, "bfloat16", "bfloat16"),
             **{"block_size": BLOCK, "zero_padding": False, "num_pairs": experts * 256},
         )
-        assert choose_tiles.config_for(blocks).mixes == (experts == 128)
+        chosen_of_blocks = choose_tiles.config_for(blocks)
+        many = experts == 128
+        assert (chosen_of_blocks.mixes, chosen_of_blocks.deals) == (many, many)
+        assert chosen_of_blocks.heights[-1] == (80 if many else 104)
+        long = choose_tiles.config_for(blocks._replace(k=4096))  # not measured
+        assert (long.mixes, long.deals, long.heights[-1]) == (many, False, 104)
     assert chosen(8192, 128) == FOUND
     assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)
     assert chosen(2048, 8) == FOUND._replace(group=4)

@@ -251,6 +251,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
     usual = config._replace(heights=(), exact=False, falling=False, finds=False, trims=False)
+    usual = usual._replace(mixes=False, deals=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
