@@ -150,7 +150,11 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
         given = problem(block=144, **sizes)
         tiles = config_for(given)._replace(group=group, mixes=True, deals=False)
         yield "144, found heights, mixed", given, tiles
-    for more in ({}, {"zero_padding": False}, {"zero_padding": False, **gather, "weights": silu}):
+    for more in (
+        {},
+        {"zero_padding": False},
+        {"zero_padding": False, **gather, "weights": silu, "n": 768},
+    ):
         given = problem(block=144, num_experts=128, expected_rows=144, **more)
         tiles = config_for(given)
         assert tiles.deals
