@@ -41,9 +41,11 @@ from moe_align_jax._grouped_matmul import (
     inline_rows,
     inline_stores,
     inline_wgmma,
-    kernel,
     launch,
+    memory,
+    products,
     reference,
+    tile_order,
 )
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
@@ -552,8 +554,8 @@ def build(
     dtype, out_dtype = jnp.dtype(layout.dtype), jnp.dtype(layout.out_dtype)
     piece = 128 // out_dtype.itemsize
     left, right = (_operand(problem, tiles, name) for name in ("lhs", "rhs"))
-    likes = [kernel.transforms(each.wide, dtype) for each in (left, right)]
-    o_like = kernel.transforms(piece, out_dtype)
+    likes = [memory.transforms(each.wide, dtype) for each in (left, right)]
+    o_like = memory.transforms(piece, out_dtype)
     m_tiles, n_tiles = -(-k // tiles.bm), -(-n // tiles.bn)
     by_copies = not (left.by_tma and right.by_tma)
     per_expert = m_tiles * n_tiles
@@ -611,7 +613,7 @@ def build(
             t = turns.tile(i)
             rank = lax.div(t, _I32(per_expert))
             rest = t - rank * per_expert
-            m, n = kernel.in_groups(tiles.group, rest, m_tiles, n_tiles)
+            m, n = tile_order.in_groups(tiles.group, rest, m_tiles, n_tiles)
             expert = order_ref[rank]
             first, count = start_ref[expert], count_ref[expert]
             steps = lax.div(count + (bk - 1), _I32(bk))
@@ -658,7 +660,7 @@ def build(
 
                     return sums[...]
 
-                sums = pl.run_scoped(scope, kernel.accumulator((_WM, tiles.bn), _F32))
+                sums = pl.run_scoped(scope, products.accumulator((_WM, tiles.bn), _F32))
                 if not tiles.short:
                     return sums
                 slot, rest = slot_of(ring + steps - 1), end - first - whole_steps(tile) * bk
