@@ -257,9 +257,12 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering",
     },
     "moe_align_jax._grouped_matmul.weight_gradient_kernel": {
-        "moe_align_jax._core.hopper",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.sharding",
+    },
+    "moe_align_jax._grouped_matmul.weight_gradient_tiles": {
+        "moe_align_jax._core.hopper",
+        "moe_align_jax._grouped_matmul",
     },
     "moe_align_jax._grouped_matmul.choice": {
         "moe_align_jax._grouped_matmul.config",
@@ -679,7 +682,11 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._lowering.launch_value",
         "moe_align_jax._grouped_matmul.across_activation_kernel",
         "moe_align_jax._grouped_matmul.activation_gradient_kernel",
+        "moe_align_jax._grouped_matmul.weight_gradient_compute",
         "moe_align_jax._grouped_matmul.weight_gradient_kernel",
+        "moe_align_jax._grouped_matmul.weight_gradient_load",
+        "moe_align_jax._grouped_matmul.weight_gradient_plan",
+        "moe_align_jax._grouped_matmul.weight_gradient_turns",
         "lazily benchmarks.grouped_matmul",
         "lazily benchmarks.training_peers",
         "moe_align_jax._grouped_matmul.epilogue",
