@@ -409,6 +409,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.fp8",
         "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
+        "moe_align_jax._expert_parallel.counted_pairs",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.nvlink_kernels",
         "moe_align_jax._expert_parallel.row_words",
@@ -422,10 +423,14 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._expert_parallel.row_words": {
         "moe_align_jax._simt.language",
     },
+    "moe_align_jax._expert_parallel.counted_pairs": {
+        "moe_align_jax._simt.language",
+    },
     "moe_align_jax._expert_parallel.message_kernels": {
         "moe_align_jax._core.fp8",
         "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
+        "moe_align_jax._expert_parallel.counted_pairs",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.message_kernels",
         "moe_align_jax._expert_parallel.row_words",
@@ -1036,6 +1041,7 @@ def test_module_says_what_it_is(module):
 KERNELS = (
     "moe_align_jax._align.kernels",
     "moe_align_jax._align.vllm",
+    "moe_align_jax._expert_parallel.counted_pairs",
     "moe_align_jax._expert_parallel.e4m3",
     "moe_align_jax._expert_parallel.message_kernels",
     "moe_align_jax._expert_parallel.nvlink_kernels",
