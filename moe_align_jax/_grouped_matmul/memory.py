@@ -159,6 +159,7 @@ class Refs:
         self.told: Any = None
         if _tells(config):
             self.told = found_cut.Told(take(), take(), take())
+        assert next(refs, None) is None, "the launch has more than the kernel takes"
 
     def slot_of(self, step: jax.Array) -> jax.Array:
         """The stage of a step of the ring."""

@@ -151,6 +151,7 @@ class Refs:
         self.bands = take()
         self.full, self.empty = take(), take()
         self.lists = take(plan.level)
+        assert next(refs, None) is None, "the launch has more than the kernel takes"
 
     def slot_of(self, step: jax.Array) -> jax.Array:
         """The stage of a step of the ring."""
