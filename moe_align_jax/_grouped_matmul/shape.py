@@ -60,6 +60,11 @@ class Shape(NamedTuple):
     out_by_rows: bool
     store_rows: int
 
+    @property
+    def by_copies(self) -> bool:
+        """Whether anything is loaded by cp.async."""
+        return self.x_by_rows or self.w_by_rows or self.scales_by_rows
+
 
 def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     """The sizes that follow from a problem and its tiles."""

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
-from moe_align_jax._grouped_matmul import choose_tiles, kernel, launch
+from moe_align_jax._grouped_matmul import choose_tiles, kernel, launch, stores
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
@@ -748,7 +748,7 @@ def test_pieces_in_shared_memory_divide_those_of_a_tile():
         columns = shape.columns // (1 if config.form == "m" else config.computing)
         pieces = columns // shape.piece * (shape.wm // 64)
         if config.form != "swap":
-            assert pieces % kernel._slots(config, shape) == 0, config
+            assert pieces % stores.slots_of(config, shape) == 0, config
 
 
 def test_the_emulator_by_its_name():
