@@ -490,9 +490,9 @@ def peers(mode: str, payload: str | None, transport: str) -> None:
 # initcheck does not see what TMA stores: it reported the results of these, whose values are right, when they
 # were copied to the host, and of "heights" just as many rows as TMA stores (2026-11-30).
 _STORED_BY_TMA = ("matmul, heights", "weight gradients", "activation gradient")
-# racecheck does not see that a warpgroup which has met may be spoken for by one thread: racecheck.cu shows it.
-# Here that thread tells a cluster's barrier, and scales come by cp.async, which racecheck does see. The same
-# tiles without clusters are looked at.
+# racecheck does not follow a meeting of a warpgroup, behind which one thread speaks for all: racecheck.cu
+# shows it. Here that thread tells a cluster's barrier, and scales come by cp.async, whose stores racecheck
+# sees. The same tiles without clusters are looked at.
 _TOLD_BY_ONE = ("matmul, e4m3, sharing, rows, 192x",)
 _NOT_WITH = {"initcheck": _STORED_BY_TMA, "racecheck": _TOLD_BY_ONE}
 
