@@ -64,8 +64,9 @@ class Config(NamedTuple):
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
         mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
-            blocks that has most of the experts run beside those of the other two (`tile_order.mixed`): the former
-            wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
+            blocks that has most of the experts run beside those of the other two (`tile_order.mixed`): the
+            former wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always
+            mixed.
         peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
             are zeroed. Of e4m3.
     """
