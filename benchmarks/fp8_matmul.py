@@ -4,10 +4,11 @@ python -m benchmarks.fp8_matmul --out ROWS.jsonl [--deep-gemm FOLDER] [--variant
 
 x has a float32 scale for each row and 128 columns, w one for each 128 x 128 (weights `[E, N, K]`); results
 are bfloat16. In the masked layout the mean rows are told, as DeepGEMM is told them. The bfloat16 products get
-the same values, dequantised and rounded. Before a time is taken, sampled rows are compared with NumPy's
-product of the dequantised operands by DeepGEMM's own rule. Clocks, counts and processes are those of
-`benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM in one CUDA graph. "torch_bridge" is
-`torch_bridge.deep_gemm`: the same function, called with DeepGEMM's own tensors, in such a graph.
+the same values, dequantised and rounded, in the blocks of `benchmarks.grouped_matmul`. Before a time is
+taken, sampled rows are compared with NumPy's product of the dequantised operands by DeepGEMM's own rule.
+Clocks, counts and processes are those of that benchmark: ours inside one jit (device span), DeepGEMM in one
+CUDA graph. "torch_bridge" is `torch_bridge.deep_gemm`: the same function, called with DeepGEMM's own tensors,
+in such a graph.
 
 Beside the share of a long read's rate each line has the time of a plain read of the bytes that its product
 moves, out of memory, over the product's time: a short read does not reach that rate either.
@@ -373,7 +374,10 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     found[f"e4m3, {name}, scales by rows"] = by_jax(make, *given, e4m3=True, layout="row_major")
     if given and given != (128,):
         found["e4m3, blocks of 128"] = by_jax(make, 128, e4m3=True)
-    found["ours, bfloat16"] = by_jax(make, *(128,) * len(given), e4m3=False)
+    for block in grouped_matmul.blocks_of(size) if given else ():
+        found[f"ours, bfloat16, blocks of {block}"] = by_jax(make, block, e4m3=False)
+    if not given:
+        found["ours, bfloat16"] = by_jax(make, e4m3=False)
     found["torch_bridge"] = by_torch(_torch_bridge)
     if options.deep_gemm:
         found["DeepGEMM"] = by_torch(lambda: deep_gemm_peer.load(options.deep_gemm))
@@ -447,16 +451,19 @@ def line(row: dict[str, Any]) -> str:
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """How many times as fast as each other provider our fastest under jit is, and ours from PyTorch."""
+    """How many times as fast as the others our fastest under jit is, and ours from PyTorch; of bfloat16 the
+    fastest is named."""
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = {r["provider"]: r["us"] for r in rows if r["case"] == case and "us" in r}
         by_jit = [name for name in timed if name.startswith("e4m3")]
         from_torch = [name for name in timed if name == "torch_bridge"]
+        others = [name for name in timed if name not in (*by_jit, *from_torch)]
+        wide = sorted((name for name in others if "bfloat16" in name), key=lambda n: timed[n])
+        others = [name for name in others if name not in wide[1:]]
         for ours in (by_jit, from_torch):
             if not ours:
                 continue
             us, name = min((timed[name], name) for name in ours)
-            others = [n for n in timed if n not in (*by_jit, *from_torch)]
             times = [f"{timed[n] / us:.3f}x {n} ({timed[n]:.1f})" for n in others]
             yield ", ".join([f"{case}: {name} {us:.1f} us", *times])
 

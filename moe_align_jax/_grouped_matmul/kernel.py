@@ -940,7 +940,7 @@ def _read(
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """What memory tells about a tile of rows, of so many: its expert; of a list, also the first row and the
-    end; of blocks, with `skips`, the first id of the second warpgroup's rows."""
+    end; of blocks, with `skips`, the first id of the second warpgroup's rows, or their first label."""
     if config.finds:
         return tuple(_found(problem, config, refs, at, interpret)[:3])
     if config.heights:
@@ -952,8 +952,12 @@ def _read(
     expert = refs.experts[block * problem.block_size if problem.row_labels else block]
     if not config.skips:
         return (expert,)
+    second = at * config.bm + shape.wm
+    if problem.row_labels:  # a last block need not be whole
+        bound = problem.num_rows if refs.vectors.bound is None else refs.vectors.bound
+        return expert, refs.experts[jnp.clip(second, 0, jnp.maximum(bound - 1, 0))]
     # Without a tile there may be no such row.
-    return expert, refs.ids[jnp.where(row_tiles > 0, at * config.bm + shape.wm, 0)]
+    return expert, refs.ids[jnp.where(row_tiles > 0, second, 0)]
 
 
 def _tile(
@@ -995,8 +999,10 @@ def _tile(
     tile = Tile(valid, expert, row, end, n, end)
     if first_id:  # the same of the second half
         [pair] = first_id
-        holds = (pair >= 0) & (pair < epilogue.num_pairs(problem, refs.vectors))
-        tile = tile._replace(holds=holds)
+        limit = problem.num_experts
+        if not problem.row_labels:
+            limit = epilogue.num_pairs(problem, refs.vectors)
+        tile = tile._replace(holds=(pair >= 0) & (pair < limit))
     return tile
 
 

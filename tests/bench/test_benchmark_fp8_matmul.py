@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from benchmarks import deep_gemm_peer, timing
+from benchmarks import deep_gemm_peer, grouped_matmul, timing
 from benchmarks import fp8_matmul as bench
 from benchmarks.grouped_matmul import Size
 from moe_align_jax._grouped_matmul import launch
@@ -98,7 +98,10 @@ def test_every_variant_has_a_provider_and_fits_its_block():
     assert len(bench.SIZES) == 3 + 16 + 3
     for size in bench.SIZES:
         names = bench.providers(size, OPTIONS)
-        assert {"ours, bfloat16", "torch_bridge", "DeepGEMM"} <= set(names)
+        assert {"torch_bridge", "DeepGEMM"} <= set(names)
+        blocks = [] if size.max_rows else grouped_matmul.blocks_of(size)
+        wide = [f"ours, bfloat16, blocks of {block}" for block in blocks] or ["ours, bfloat16"]
+        assert [name for name in names if "bfloat16" in name] == wide
         for block, tiles in bench.variants(size):
             assert f"e4m3, {tiles.name}" in names and block % tiles.bm == 0
 
@@ -133,6 +136,7 @@ def test_ratios_name_every_other_provider_for_jit_and_for_torch():
     rows = [
         {"case": "c", "provider": "e4m3, masked", "us": 50.0},
         {"case": "c", "provider": "e4m3, other", "us": 40.0},
+        {"case": "c", "provider": "ours, bfloat16, blocks of 176", "us": 70.0},
         {"case": "c", "provider": "ours, bfloat16", "us": 60.0},
         {"case": "c", "provider": "torch_bridge", "us": 19.0},
         {"case": "c", "provider": "DeepGEMM", "us": 38.0},
