@@ -20,6 +20,7 @@ that hangs or dies in a case is started again behind it.
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from benchmarks.rows import Writer, failed, statistics_of  # noqa: E402
 
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
-_TURNS = 2  # by the host's clock: forth and back
+_TURNS = 2  # by the host's clock: each of three follows each other
 _ROUNDS = 2  # of a turn
 
 
@@ -283,7 +284,8 @@ def measured_in_turns(
     """Rows of `(what they begin with, measure)`: spans as they come; then everybody's wall clock, in turns.
 
     In steps after each other long products reach the GPU's power limit, and the warmer it is, the lower is
-    its clock: whoever comes later would be slower.
+    its clock: whoever comes later would be slower. So each follows each other as often. The first one does
+    too: the steps of whoever is ahead of it in later rounds run before it, untimed.
     """
     walls: list[tuple[dict[str, Any], Wall]] = []
     for head, measure in work:
@@ -295,7 +297,12 @@ def measured_in_turns(
                     yield head | more
         except Exception as error:  # one provider's failure leaves the others their time
             yield head | failed(error)
-    for i, taken in timing.in_turns([each.time for _, each in walls], _TURNS):
+    if len(walls) > 1:
+        last = timing.behind_each_other(len(walls), _TURNS - 1)[-1]
+        with contextlib.suppress(Exception):  # its own turns say what is wrong
+            walls[last][1].time()
+    measures = [each.time for _, each in walls]
+    for i, taken in timing.in_turns(measures, _TURNS, order=timing.behind_each_other):
         head, each = walls[i]
         row = head | {"clock": "wall", "way": each.way}
         if isinstance(taken, Exception):

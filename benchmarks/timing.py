@@ -167,23 +167,39 @@ def time_jit_spans_in_turns(
     return [found[i] for i in range(len(measures))]
 
 
+def forth_and_back(count: int, number: int) -> list[int]:
+    """The order of round `number`: every second one goes backward, so that each has the same mean place."""
+    return list(range(count))[:: 1 if number % 2 == 0 else -1]
+
+
+def behind_each_other(count: int, number: int) -> list[int]:
+    """The order of round `number`: in every second one the others of the first go backward.
+
+    Over two rounds, and the first of them again, each of three follows each other once and never itself:
+    0, 1, 2, 0, 2, 1, 0. Where the GPU's power bounds steps that follow each other without a pause, their
+    clock depends on who ran before.
+    """
+    first, *others = range(count)
+    return [first, *others[:: 1 if number % 2 == 0 else -1]]
+
+
 def in_turns(
     measures: Sequence[Callable[[], Timing]],
     rounds: int,
     *,
     told: Callable[[int, Timing], None] = lambda index, turn: None,
+    order: Callable[[int, int], Sequence[int]] = forth_and_back,
 ) -> Iterator[tuple[int, Timing | Exception]]:
     """(index, timing of all its rounds) of each measure, as the last of its rounds ends.
 
-    Every second round goes backward. Long products reach the GPU's power limit, which then lowers its clock:
-    whoever comes later is slower. Forth and back, each has the same mean place. A measure that fails has its
-    error instead, at once, and no further turn. `told`: called with each turn but the last ones.
+    Long products reach the GPU's power limit, which then lowers its clock: whoever comes later is slower. A
+    measure that fails has its error instead, at once, and no further turn. `told`: called with each turn but
+    the last ones. `order`: of the measures, by their number and that of the round.
     """
     turns: list[list[Timing]] = [[] for _ in measures]
     failed = set[int]()
     for number in range(rounds):
-        order = range(len(measures)) if number % 2 == 0 else reversed(range(len(measures)))
-        for i in order:
+        for i in order(len(measures), number):
             if i in failed:
                 continue
             try:

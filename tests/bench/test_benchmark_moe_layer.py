@@ -1,6 +1,7 @@
 """benchmarks.moe_layer: what it holds results to, how it tells them, and vLLM's files as it reads them."""
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -99,10 +100,24 @@ def test_everybody_takes_turns_by_the_wall_clock(monkeypatch):
     work.append(({"provider": "c"}, lambda: measure("c", "not right")))
     rows = list(moe_layer.measured_in_turns(work))
     assert [row["clock"] for row in rows[:3]] == ["span"] * 3
-    assert order == ["a", "b", "c", "b", "a"]
+    assert order == ["b", "a", "b", "c", "a", "b"]  # the first b is not timed; c was wrong
     found = {row["provider"]: row for row in rows[3:]}
-    assert found["a"]["us"] == 3.0 and found["b"]["us"] == 3.0  # of 1 and 5, of 2 and 4
+    assert found["a"]["us"] == 3.5 and found["b"]["us"] == 4.5  # of 2 and 5, of 3 and 6
     assert found["c"]["status"] == "failed" and "later: not right" in found["c"]["reason"]
+
+
+def test_each_of_three_follows_each_other_by_the_wall_clock(monkeypatch):
+    monkeypatch.setattr(moe_layer, "wall", lambda run, wait, us: [run()])
+    order = []
+
+    def measure(name):
+        yield moe_layer.Wall(name, lambda: order.append(name) or 1.0, lambda: None, 1.0, lambda: "")
+
+    work = [({"provider": name}, lambda name=name: measure(name)) for name in "abc"]
+    rows = list(moe_layer.measured_in_turns(work))
+    assert [row["samples"] for row in rows] == [2] * 3
+    pairs = list(itertools.pairwise(order))
+    assert sorted(pairs) == sorted(itertools.permutations("abc", 2))
 
 
 def test_routing_draws_distinct_experts_and_shares():
