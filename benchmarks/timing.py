@@ -11,6 +11,9 @@ import numpy as np
 from moe_align_jax._cli import traces
 
 _READ_BYTES = 1 << 30
+_READ_ROWS = (1024, 4096, 16384)  # of a read's shapes, the fastest of which counts
+_READ_IN_TURN = 1 << 29  # bytes: far more than L2 holds
+_WAIT_CYCLES = 200_000  # 0.1 ms, several times the host's time of a launch
 
 
 @dataclass(frozen=True)
@@ -64,22 +67,31 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
     return time_torch_graphs([(capture_torch(calls), len(calls))], replays=replays)[0]
 
 
-def read_rate() -> float:
-    """GB/s of a kernel that reads 1 GiB: sums of float32 rows, by torch."""
+def read_rate(size: int = _READ_BYTES) -> float:
+    """GB/s of a kernel that reads so many bytes: sums of float32 rows, by torch, the fastest of three shapes.
+
+    The calls of a CUDA graph read buffers in turn: of a short read so many that L2 holds none of them.
+    """
     import torch
 
-    shape = (4096, _READ_BYTES // 4 // 4096)
-    many = [torch.zeros(shape, device="cuda") for _ in range(2)]
-    outs = [torch.empty(shape[0], device="cuda") for _ in many]
-    calls: Any = [
-        functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)
-    ]
-    return _READ_BYTES / time_torch_graph(calls, replays=20).percentile(50) / 1e3
+    count = max(2, -(-_READ_IN_TURN // size))
+    buffers = [torch.zeros(size // 4, device="cuda") for _ in range(count)]
+    graphs, read = [], []
+    for rows in _READ_ROWS:
+        width = size // rows // 16 * 4  # whole vectors of 16 bytes
+        out = torch.empty(rows, device="cuda")
+        many = [buffer[: rows * width].view(rows, width) for buffer in buffers]
+        calls: Any = [functools.partial(torch.sum, x, 1, out=out) for x in many]
+        graphs.append((capture_torch(calls), count))
+        read.append(4 * rows * width)
+    taken = time_torch_graphs(graphs, replays=8)
+    return max(n / each.percentile(50) for n, each in zip(read, taken, strict=True)) / 1e3
 
 
 def time_torch_graphs(graphs: Sequence[tuple[Any, int]], *, replays: int) -> list[Timing]:
     """Times graphs of so many calls each. Of several the replays take turns, each behind one that is not
     timed: what disturbs the GPU for a few milliseconds costs each a sample, not one of them its median.
+    Of a single one each is behind a kernel that waits: the host's time of a launch is no part of it.
     Behind each the GPU rests as behind an execution under jit: without a rest long calls reach its power
     limit.
     """
@@ -92,6 +104,8 @@ def time_torch_graphs(graphs: Sequence[tuple[Any, int]], *, replays: int) -> lis
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if len(graphs) > 1:
                 graph.replay()
+            else:
+                torch.cuda._sleep(_WAIT_CYCLES)
             start.record()
             graph.replay()
             end.record()
