@@ -10,6 +10,9 @@ Clocks, counts and processes are those of that benchmark: ours inside one jit (d
 CUDA graph. "torch_bridge" is `torch_bridge.deep_gemm`: the same function, called with DeepGEMM's own tensors,
 in such a graph.
 
+With `--wall` a row also has the host's time of a call in steady steps after each other, of as many calls as
+take about 0.4 ms: under jit with the results of the step before donated, or a graph's replays.
+
 Beside the share of a long read's rate each line has the time of a plain read of the bytes that its product
 moves, out of memory, over the product's time: a short read does not reach that rate either.
 
@@ -21,6 +24,7 @@ benchmarks/deep_gemm_peer.py for what it needs); without the option it is left o
 import argparse
 import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +48,7 @@ from benchmarks.rows import reason_of  # noqa: E402
 _SAMPLED_ROWS = 24
 _BOUND = 1e-3  # of DeepGEMM's rule
 _MASKED_ROWS = 4096
+_STEP_US, _MOST_CALLS = 400, 32
 # DeepGEMM's own cases: (groups, mean rows), (N, K).
 _GROUPS = ((32, 192), (6, 1024), (32, 20), (6, 20))
 _WEIGHTS = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
@@ -128,6 +133,14 @@ class Inputs:
             for v, s in zip(values, scales, strict=True)
         ]
         return [rows(*x) for x in self.x], jnp.stack(w)
+
+    @property
+    def calls_of_step(self) -> int:
+        """Of a steady step, in whole turns of the inputs: so many that it takes about 0.4 ms or more, several
+        times what the host's launch takes, at rates that no product exceeds."""
+        us = max(self.flops / 1.5e9, self.bytes(1) / 4.5e6)
+        turns = min(_STEP_US / us, _MOST_CALLS) / len(self.x)
+        return max(1, math.ceil(turns)) * len(self.x)
 
     @property
     def flops(self) -> int:
@@ -221,17 +234,57 @@ def lower(call: Callable, given: Any, tiles: Any, **options: Any) -> Any:
         launch.config_for = usual
 
 
-def prepare_jax(inputs: Inputs, made: Any, executions: int, tiles: Any, pool: Executor) -> Callable:
-    """Compiles a program, in another thread. What is returned measures: (what is wrong, timing)."""
+def lower_step(call: Callable, xs: list[Any], w: Any, calls: int) -> Any:
+    """`step(outs, xs, w) -> outs`: so many calls, one after the other, over the inputs in turns."""
+    import jax
+
+    def step(outs, xs, w):
+        del outs  # donated: the results may stand where those of the step before stood
+        found: list[Any] = []
+        for i in range(calls):
+            x = xs[i % len(xs)]
+            if found:  # equal calls would be one otherwise
+                x, found[-1] = jax.lax.optimization_barrier((x, found[-1]))
+            found.append(call(x, w))
+        return found
+
+    outs = [jax.eval_shape(call, xs[0], w)] * calls
+    return jax.jit(step, donate_argnums=0, keep_unused=True).lower(outs, xs, w)
+
+
+def prepare_jax(
+    inputs: Inputs, made: Any, options: argparse.Namespace, tiles: Any, pool: Executor
+) -> Callable:
+    """Compiles a program, in another thread. What is returned measures: (what is wrong, timing, and with
+    `--wall` that of steady steps)."""
     call, xs, w, sampled = made
     given = [(x, w) for x in xs]
     compiling = pool.submit(lower(call, given, tiles).compile)
+    calls, steps = inputs.calls_of_step, None
+    if options.wall and tiles is None:
+        steps = pool.submit(lower_step(call, xs, w, calls).compile)
 
-    def measure() -> tuple[str, Any]:
+    def steady(step: Callable, us: float) -> timing.Timing:
+        import jax
+        import jax.numpy as jnp
+
+        out = jax.eval_shape(call, xs[0], w)
+        held = [[jnp.full(out.shape, jnp.nan, out.dtype) for _ in range(calls)]]
+
+        def run():
+            held[0] = step(held[0], xs, w)
+
+        samples = timing.steady_steps(run, lambda: jax.block_until_ready(held[0]), us, calls)
+        if wrong := inputs.wrong(sampled(held[0][0])):
+            raise ValueError(f"later: {wrong}")
+        return timing.Timing("wall_us", samples, calls)
+
+    def measure() -> tuple[str, Any, Any]:
         compiled = compiling.result()
         if wrong := inputs.wrong(sampled(compiled(given)[0])):
-            return wrong, None
-        return "", timing.time_jit_span(compiled, given, executions=executions)
+            return wrong, None, None
+        taken = timing.time_jit_span(compiled, given, executions=options.executions)
+        return "", taken, steps and steady(steps.result(), taken.percentile(50))
 
     return measure
 
@@ -276,7 +329,7 @@ def of_torch(inputs: Inputs) -> Any:
 
 
 def prepare_torch(
-    inputs: Inputs, made: Any, library: Any, replays: int, pool: Executor
+    inputs: Inputs, made: Any, library: Any, options: argparse.Namespace, pool: Executor
 ) -> Callable:
     """Has a library that has DeepGEMM's functions compile, in another thread. Returns as `prepare_jax`."""
     function, given, sampled = made
@@ -284,13 +337,27 @@ def prepare_torch(
     calls = [functools.partial(multiply, *each, disable_ue8m0_cast=True) for each in given]
     compiling = pool.submit(calls[0])
 
-    def measure() -> tuple[str, Any]:
+    def wrong_now() -> str:
+        return inputs.wrong(sampled(given[0][2]).float().cpu().numpy())
+
+    def steady(us: float) -> timing.Timing:
+        import torch
+
+        many = calls * (inputs.calls_of_step // len(calls))
+        graph = timing.capture_torch(many)
+        samples = timing.steady_steps(graph.replay, torch.cuda.synchronize, us, len(many))
+        if wrong := wrong_now():
+            raise ValueError(f"later: {wrong}")
+        return timing.Timing("wall_us", samples, len(many))
+
+    def measure() -> tuple[str, Any, Any]:
         compiling.result()
-        out = given[0][2].fill_(np.nan)  # other libraries have written it
+        given[0][2].fill_(np.nan)  # other libraries have written it
         calls[0]()
-        if wrong := inputs.wrong(sampled(out).float().cpu().numpy()):
-            return wrong, None
-        return "", timing.time_torch_graph(calls, replays=replays)
+        if wrong := wrong_now():
+            return wrong, None, None
+        taken = timing.time_torch_graph(calls, replays=options.replays)
+        return "", taken, steady(taken.percentile(50)) if options.wall else None
 
     return measure
 
@@ -351,7 +418,7 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
             key = (make, given, *more.items())
             if key not in made:
                 made[key] = make(inputs, *given, **more)
-            return prepare_jax(inputs, made[key], options.executions, tiles, pool)
+            return prepare_jax(inputs, made[key], options, tiles, pool)
 
         return prepare
 
@@ -359,7 +426,7 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
         def prepare(inputs: Inputs, pool: Executor) -> Callable:
             if of_torch not in made:
                 made[of_torch] = of_torch(inputs)
-            return prepare_torch(inputs, made[of_torch], load(), options.replays, pool)
+            return prepare_torch(inputs, made[of_torch], load(), options, pool)
 
         return prepare
 
@@ -427,9 +494,9 @@ def _row(
     try:
         if isinstance(measure, Exception):
             raise measure
-        wrong, taken = measure()
+        wrong, taken, steady = measure()
     except Exception as error:  # one provider's failure leaves the others their time
-        wrong, taken = reason_of(error), None
+        wrong, taken, steady = reason_of(error), None, None
     if taken is None:
         return row | {"status": "failed", "reason": wrong}
     us = taken.percentile(50)
@@ -439,7 +506,10 @@ def _row(
     row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
     row |= {"gbps": round(moved / us / 1e3, 1), "note": taken.note}
     row |= {"of_read": round(row["gbps"] / rate, 3)}
-    return row | {"same_read_us": round(moved / rate_of(moved) / 1e3, 2)}
+    row |= {"same_read_us": round(moved / rate_of(moved) / 1e3, 2)}
+    if steady:
+        row |= {"wall_us": round(steady.percentile(50), 2), "calls_of_step": steady.calls}
+    return row
 
 
 def line(row: dict[str, Any]) -> str:
@@ -447,7 +517,8 @@ def line(row: dict[str, Any]) -> str:
     text = grouped_matmul.line(row)
     if "us" not in row:
         return text
-    return f"{text}, {row['same_read_us'] / row['us']:6.1%} of one of its {row['same_read_us']} us"
+    text += f", {row['same_read_us'] / row['us']:6.1%} of one of its {row['same_read_us']} us"
+    return text + (f", wall {row['wall_us']} us" if "wall_us" in row else "")
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -474,6 +545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
+    parser.add_argument("--wall", action="store_true", help="also the wall clock of steady steps")
     parser.add_argument("--deep-gemm", help="folder that holds the package deep_gemm")
     parser.add_argument(
         "--only",

@@ -13,6 +13,7 @@ from moe_align_jax._cli import traces
 _READ_BYTES = 1 << 30
 _READ_ROWS = (1024, 4096, 16384)  # of a read's shapes, the fastest of which counts
 _READ_IN_TURN = 1 << 29  # bytes: far more than L2 holds
+_ROUNDS = 2  # of steady steps
 _WAIT_CYCLES = 200_000  # 0.1 ms, several times the host's time of a launch
 
 
@@ -223,6 +224,40 @@ def _together(turns: Sequence[Timing]) -> Timing:
     first = kept[0]
     note = "; ".join(notes)
     return Timing(first.metric, samples, first.calls, note, first.kernels_per_call)
+
+
+def steady_steps(
+    run: Callable[[], Any], wait: Callable[[], Any], us: float, calls: int
+) -> list[float]:
+    """µs per call of steady steps, by the host's clock: how much longer a round takes that has about 200 ms
+    of further steps.
+
+    What a round costs once is not a step's: with jax 0.6 to 1 ms, most of it in the first call behind a wait,
+    up to 0.5% of a round of 200 ms; with a CUDA graph of torch's 0.06 to 0.26 ms. As many steps run first,
+    untimed: those that reach the GPU's power limit settle at a clock of their own, whoever ran before.
+
+    Args:
+        run: one step of so many calls.
+        wait: until the last one has ended.
+        us: about the time of a call.
+        calls: in a step.
+    """
+    steps = int(np.clip(200_000 / (calls * max(us, 1.0)), 3, 1500))
+    few = max(2, steps // 8)
+
+    def taken(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        wait()
+        return (time.perf_counter() - start) * 1e6
+
+    taken(steps)
+    samples = []
+    for _ in range(_ROUNDS):
+        short = taken(few)
+        samples.append((taken(few + steps) - short) / steps / calls)
+    return samples
 
 
 def time_wall(run: Callable[[], Any], *, calls: int, repeats: int = 10) -> Timing:

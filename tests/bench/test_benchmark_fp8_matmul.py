@@ -49,6 +49,7 @@ def test_a_library_with_deep_gemms_functions_gets_its_tensors(size, monkeypatch)
     monkeypatch.setattr(
         timing, "time_torch_graph", lambda calls, replays: timed.append((len(calls), replays))
     )
+    options = argparse.Namespace(replays=7, wall=False)
 
     class Wrong:
         @staticmethod
@@ -59,10 +60,61 @@ def test_a_library_with_deep_gemms_functions_gets_its_tensors(size, monkeypatch)
     setattr(Wrong, function, Wrong.multiply)
     with ThreadPoolExecutor(1) as pool:
         measure, fails = (
-            bench.prepare_torch(inputs, made, library, 7, pool) for library in (deep_gemm, Wrong)
+            bench.prepare_torch(inputs, made, library, options, pool)
+            for library in (deep_gemm, Wrong)
         )
-    assert measure() == ("", None) and timed == [(2, 7)]
+    assert measure() == ("", None, None) and timed == [(2, 7)]
     assert "difference" in fails()[0] and len(timed) == 1
+
+
+@pytest.mark.parametrize("size", [SMALL, MASKED])
+def test_steady_steps_make_their_calls_one_after_the_other(size, monkeypatch):
+    """Under jit and in a graph; a step's results are those that are compared at its end."""
+    from moe_align_jax._grouped_matmul import primitive
+
+    monkeypatch.setattr(primitive, "choose", lambda *_: "xla")
+    monkeypatch.setattr(bench, "_MOST_CALLS", 4)
+    inputs = bench.Inputs(size, 2)
+    assert inputs.calls_of_step == 4
+    make = bench.of_masked if size.max_rows else bench.of_blocks
+    made = call, xs, w, sampled = make(inputs, *(() if size.max_rows else (16,)), e4m3=True)
+    step = bench.lower_step(call, xs, w, 4).compile()
+    outs = step([call(x, w) * np.nan for x in (*xs, *xs)], xs, w)
+    assert inputs.wrong(sampled(outs[0])) == "" == inputs.wrong(sampled(outs[2]))
+    assert inputs.wrong(sampled(outs[1])) and (outs[1] == outs[3]).all()
+    taken = timing.Timing("span_us", [50.0])
+    monkeypatch.setattr(timing, "time_jit_span", lambda *_, executions: taken)
+    monkeypatch.setattr(timing, "time_torch_graph", lambda *_, replays: taken)
+    monkeypatch.setattr(timing, "capture_torch", lambda calls: captured.extend(calls) or Graph)
+
+    class Graph:
+        @staticmethod
+        def replay():
+            for each in captured:
+                each()
+
+    captured, given = [], []
+
+    def steady_steps(run, wait, us, calls):
+        run()
+        run()
+        given.append((us, calls))
+        return [7.0]
+
+    monkeypatch.setattr(timing, "steady_steps", steady_steps)
+    options = argparse.Namespace(executions=1, replays=1, wall=True)
+    with ThreadPoolExecutor(1) as pool:
+        of_torch = bench.of_torch(inputs)
+        measures = [
+            bench.prepare_jax(inputs, made, options, None, pool),
+            bench.prepare_torch(inputs, of_torch, bench._torch_bridge(), options, pool),
+        ]
+    for measure in measures:
+        answer = measure()
+        assert answer == ("", taken, timing.Timing("wall_us", [7.0], 4))
+        row = bench._row(inputs, "e4m3", lambda answer=answer: answer, 4.0, lambda size: 2.0)
+        assert row["wall_us"] == 7.0 and "wall 7.0 us" in bench.line(row)
+    assert given == [(50.0, 4)] * 2 and len(captured) == 4
 
 
 def test_full_groups_have_exactly_all_rows():
@@ -78,7 +130,7 @@ def test_a_row_says_how_long_its_bytes_are_read():
         asked.append(size)
         return 2.0
 
-    measure = lambda: ("", timing.Timing("graph_us", [50.0]))  # noqa: E731
+    measure = lambda: ("", timing.Timing("graph_us", [50.0]), None)  # noqa: E731
     row = bench._row(inputs, "ours, bfloat16", measure, 4.0, rate_of)
     assert asked == [inputs.bytes(2)] and row["same_read_us"] == round(inputs.bytes(2) / 2e3, 2)
     share = inputs.bytes(2) / 2e3 / 50
