@@ -49,36 +49,9 @@ from benchmarks.rows import Writer, failed, statistics_of  # noqa: E402
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
 _TURNS = 2  # by the host's clock: each of three follows each other
-_ROUNDS = 2  # of a turn
 
 
 # -- clocks --------------------------------------------------------------------------------------------
-
-
-def wall(run: Callable[[], Any], wait: Callable[[], Any], layer_us: float) -> list[float]:
-    """µs per layer of steady steps, by the host's clock: how much longer a round takes that has about 200 ms
-    of further steps.
-
-    What a round costs once is not a step's: with jax 0.6 to 1 ms, most of it in the first call behind a wait,
-    up to 0.5% of a round of 200 ms; with a CUDA graph of torch's 0.06 to 0.26 ms. As many steps run first,
-    untimed: those that reach the GPU's power limit settle at a clock of their own, whoever ran before.
-    """
-    steps = int(np.clip(200_000 / (LAYERS * max(layer_us, 1.0)), 3, 1500))
-    few = max(2, steps // 8)
-
-    def taken(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        wait()
-        return (time.perf_counter() - start) * 1e6
-
-    taken(steps)
-    samples = []
-    for _ in range(_ROUNDS):
-        short = taken(few)
-        samples.append((taken(few + steps) - short) / steps / LAYERS)
-    return samples
 
 
 def spans(run: Callable[[], Any], executions: int) -> tuple[list[float], dict[str, Any]]:
@@ -192,7 +165,7 @@ class Wall(NamedTuple):
         Raises:
             ValueError: the results are wrong.
         """
-        samples = wall(self.run, self.wait, self.layer_us)
+        samples = timing.steady_steps(self.run, self.wait, self.layer_us, LAYERS)
         if wrong := self.wrong():
             raise ValueError(f"later: {wrong}")
         return timing.Timing("wall_us", samples, LAYERS)

@@ -255,7 +255,7 @@ class CtaTiles:
 
     def _read(self, at: jax.Array) -> tuple[jax.Array, ...]:
         """What memory tells about a tile of rows: its expert; of a list, also the first row and the end; of
-        blocks, with `skips`, the first id of the second warpgroup's rows."""
+        blocks, with `skips`, the first id of the second warpgroup's rows, or their first label."""
         problem, config, shape, refs = self.problem, self.config, self.shape, self.refs
         if config.finds:
             return tuple(self._found(at)[:3])
@@ -268,8 +268,12 @@ class CtaTiles:
         expert = refs.experts[block * problem.block_size if problem.row_labels else block]
         if not config.skips:
             return (expert,)
+        second = at * config.bm + shape.wm
+        if problem.row_labels:  # a last block need not be whole
+            bound = problem.num_rows if refs.vectors.bound is None else refs.vectors.bound
+            return expert, refs.experts[jnp.clip(second, 0, jnp.maximum(bound - 1, 0))]
         # Without a tile there may be no such row.
-        return expert, refs.ids[jnp.where(self.row_tiles > 0, at * config.bm + shape.wm, 0)]
+        return expert, refs.ids[jnp.where(self.row_tiles > 0, second, 0)]
 
     def _tile(self, at: jax.Array, n: jax.Array, known: tuple[jax.Array, ...]) -> Tile:
         """Tile `at` of the rows and n of the columns, of which `_read` gave what is `known`."""
@@ -295,8 +299,10 @@ class CtaTiles:
         tile = Tile(valid, expert, row, end, n, end)
         if first_id:  # the same of the second half
             [pair] = first_id
-            holds = (pair >= 0) & (pair < epilogue.num_pairs(problem, refs.vectors))
-            tile = tile._replace(holds=holds)
+            limit = problem.num_experts
+            if not problem.row_labels:
+                limit = epilogue.num_pairs(problem, refs.vectors)
+            tile = tile._replace(holds=(pair >= 0) & (pair < limit))
         return tile
 
 

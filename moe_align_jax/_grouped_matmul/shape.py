@@ -115,7 +115,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
             or store_rows
             or (config.cuts and problem.rows == "blocks")
             or (parts > 1 and not problem.whole_blocks)
-            or (blocks and config.skips)
+            or (blocks and config.skips and not problem.row_labels)
         ),
         (problem.top_k > 0 and not of_token) or problem.k % row != 0,
         of_token,

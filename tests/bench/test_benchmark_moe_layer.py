@@ -71,7 +71,7 @@ def test_ours_is_held_to_products_in_float32(sets, tokens):
 def test_wall_clock_leaves_out_what_a_round_costs_once(monkeypatch):
     """Steps of 4 layers of 500 us, 1 ms behind each wait, and a first round that the GPU is slow in."""
     now, waited, rounds = [0.0], [True], [0]
-    monkeypatch.setattr(moe_layer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(moe_layer.timing.time, "perf_counter", lambda: now[0])
 
     def run():
         now[0] += (0.002 if rounds[0] else 0.003) + (0.001 if waited[0] else 0)
@@ -81,14 +81,14 @@ def test_wall_clock_leaves_out_what_a_round_costs_once(monkeypatch):
         waited[0] = True
         rounds[0] += 1
 
-    samples = moe_layer.wall(run, wait, 510.0)
+    samples = moe_layer.timing.steady_steps(run, wait, 510.0, 4)
     np.testing.assert_allclose(samples, 500.0)
     assert rounds[0] == 1 + 2 * len(samples)
     assert now[0] > 0.2 * len(samples)
 
 
 def test_everybody_takes_turns_by_the_wall_clock(monkeypatch):
-    monkeypatch.setattr(moe_layer, "wall", lambda run, wait, us: [run()])
+    monkeypatch.setattr(moe_layer.timing, "steady_steps", lambda run, wait, us, calls: [run()])
     order = []
 
     def measure(name, wrong=""):
@@ -107,7 +107,7 @@ def test_everybody_takes_turns_by_the_wall_clock(monkeypatch):
 
 
 def test_each_of_three_follows_each_other_by_the_wall_clock(monkeypatch):
-    monkeypatch.setattr(moe_layer, "wall", lambda run, wait, us: [run()])
+    monkeypatch.setattr(moe_layer.timing, "steady_steps", lambda run, wait, us, calls: [run()])
     order = []
 
     def measure(name):
