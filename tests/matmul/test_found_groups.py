@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_align_jax._grouped_matmul import choose_tiles, found_groups, kernel, launch, reference
+from moe_align_jax._grouped_matmul import choose_tiles, found_groups, launch, reference, tile_order
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from tests.matmul.found import by_ctas
@@ -157,14 +157,14 @@ def test_blocks_are_mixed_where_experts_are_sorted(case, group):
     if case == "no expert":
         experts[:] = -1
     count, read = len(experts), jnp.asarray(experts)
-    known = kernel.mixing(group, read, num_experts, jnp.int32(count))
+    known = tile_order.mixing(group, read, num_experts, jnp.int32(count))
     places = jnp.arange(count * n_tiles, dtype=jnp.int32)
     rows, columns = jax.vmap(
-        lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles, known)
+        lambda t: tile_order.in_groups(group, t, jnp.int32(count), n_tiles, known)
     )(places)
     every = [(row, n) for row in range(count) for n in range(n_tiles)]
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == every
-    plain, _ = jax.vmap(lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles))(places)
+    plain, _ = jax.vmap(lambda t: tile_order.in_groups(group, t, jnp.int32(count), n_tiles))(places)
     assert (rows.tolist() == plain.tolist()) == (case not in SORTED)
     if case in SORTED:  # at no time are all tiles of experts with one block
         singles = np.flatnonzero(np.array(held) == 1)
@@ -183,8 +183,8 @@ def test_every_block_is_dealt_once(a_round):
     def dealt(units, falls):
         small = units // 3
         parts = jnp.where(falls, 0, small), jnp.where(falls, units - small, 0)
-        known = kernel.Mixing(small, *parts, units, a_round)
-        return jax.vmap(lambda at: kernel.mixed(known, at))(places)
+        known = tile_order.Mixing(small, *parts, units, a_round)
+        return jax.vmap(lambda at: tile_order.mixed(known, at))(places)
 
     for units in (*range(1, 140), 256, 291, 300):
         for falls in (True, False):
@@ -200,9 +200,9 @@ def test_ctas_get_as_much_work_where_blocks_are_dealt(falls):
     blocks = -(-(6033 // np.arange(1, 129)) // 144)[:: 1 if falls else -1]
     experts = np.repeat(np.arange(128, dtype=np.int32), blocks)
     units, a_round = len(experts), 22
-    known = kernel.mixing(0, jnp.asarray(experts), 128, jnp.int32(units), a_round)
+    known = tile_order.mixing(0, jnp.asarray(experts), 128, jnp.int32(units), a_round)
     places = jnp.arange(units, dtype=jnp.int32)
-    order = np.asarray(jax.vmap(lambda at: kernel.mixed(known, at))(places))
+    order = np.asarray(jax.vmap(lambda at: tile_order.mixed(known, at))(places))
     third = units // 3
     small = order >= units - third if falls else order < third
     more = units % a_round
@@ -220,10 +220,10 @@ def test_ctas_get_as_much_work_where_blocks_are_dealt(falls):
 def test_where_blocks_are_dealt_by_rounds():
     """Where a round is whole, and no product of numbers of blocks overflows."""
     problem = problem_of("odd")._replace(rows="blocks", block_size=144, num_rows=144 * 2000)
-    assert kernel.rounds_of(problem, 132, 6) == 22
-    assert kernel.rounds_of(problem, 132, 8) == 0
-    assert kernel.rounds_of(problem, 132, 66) == 2
-    assert kernel.rounds_of(problem, 132, 132) == 0
+    assert tile_order.a_round_of(problem, 132, 6) == 22
+    assert tile_order.a_round_of(problem, 132, 8) == 0
+    assert tile_order.a_round_of(problem, 132, 66) == 2
+    assert tile_order.a_round_of(problem, 132, 132) == 0
 
 
 def mixed_case(k: int, n: int) -> tuple[Any, MatmulProblem]:
@@ -247,8 +247,8 @@ def test_products_of_mixed_blocks_in_the_interpreter(group, deals, monkeypatch):
     config = DEALT if deals else FOUND._replace(group=group, mixes=True)
     assert tiles.refused(problem, config) is None
     name, asked = "dealt" if deals else "mixed", []
-    usual = getattr(kernel, name)
-    monkeypatch.setattr(kernel, name, lambda known, at: asked.append(at) or usual(known, at))
+    usual = getattr(tile_order, name)
+    monkeypatch.setattr(tile_order, name, lambda known, at: asked.append(at) or usual(known, at))
     with jax.default_device(jax.devices("cpu")[0]):
         test_heights.check(where, problem, config, interpret=True)
     assert asked

@@ -48,7 +48,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         b: (float8_e4m3fn `[G, N, K]`, float32 `[G, ceil(N / 128), K / 128]`).
         d: `[M, N]` bfloat16, written in place. Rows of padding are unspecified; they are zero where a's are.
         grouped_layout: `[M]` int32, the group of each row, and -1 for padding. Groups begin at multiples of
-            `get_mk_alignment_for_contiguous_layout()`: what counts is the first row of each such block. With
+            `get_mk_alignment_for_contiguous_layout()`: what counts is the first row of each such block, and
+            of one of 128 rows that those from the 65th on are padding where that one has -1. With
             `use_psum_layout` `[G]` int32, the row behind each group's last: the next group begins at the next
             multiple, and rows behind the last group are not computed.
         recipe, recipe_a, recipe_b: None, or what scales belong to: (1, 128, 128), or (1, 128) and (128, 128).
