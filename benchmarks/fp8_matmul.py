@@ -255,8 +255,8 @@ def lower_step(call: Callable, xs: list[Any], w: Any, calls: int) -> Any:
 def prepare_jax(
     inputs: Inputs, made: Any, options: argparse.Namespace, tiles: Any, pool: Executor
 ) -> Callable:
-    """Compiles a program, in another thread. What is returned measures: (what is wrong, timing, and with
-    `--wall` that of steady steps)."""
+    """Compiles a program, in another thread. Returns what measures it: (what is wrong, or "", the device's
+    timing, and with `--wall` that of steady steps, else None)."""
     call, xs, w, sampled = made
     given = [(x, w) for x in xs]
     compiling = pool.submit(lower(call, given, tiles).compile)
@@ -479,15 +479,15 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             except Exception as error:  # one that cannot be built leaves the others
                 work.append((provider, error))
     children.wait_for_turn()
-    rate, same = timing.read_rate(), functools.cache(timing.read_rate)
+    rate, rate_of = timing.read_rate(), functools.cache(timing.read_rate)
     for provider, measure in work:
-        yield _row(inputs, provider, measure, rate, same)
+        yield _row(inputs, provider, measure, rate, rate_of)
 
 
 def _row(
     inputs: Inputs, provider: str, measure: Any, rate: float, rate_of: Callable[[int], float]
 ) -> dict[str, Any]:
-    """A row of the results; `rate_of`: the rate of a read of so many bytes."""
+    """A row of the results; `rate`: GB/s of a long read; `rate_of(bytes)`: of one of so many."""
     size = inputs.size
     row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
     row |= {"rows_in_use": inputs.rows, "read_gbps": round(rate, 1)}

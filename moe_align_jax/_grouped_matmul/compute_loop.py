@@ -25,8 +25,8 @@ class Waiting(NamedTuple):
 
     Attributes:
         ring: steps of the ring before the next tile's.
-        rows: 0: no tile waits. Otherwise 1, or, of tiles of several heights, the tile's.
-        at: its place.
+        rows: 0 if no tile waits. Otherwise its height where tiles have several, else 1.
+        at: see `ComputeLoop.place`.
         pieces: of the result.
     """
 
@@ -57,8 +57,8 @@ class ComputeLoop:
             problem, config, shape, refs, interpret: of the kernel.
             tiles: of the CTA.
             warpgroup: number of this one.
-            scaled: the products of operands with scales.
-            ending: in place of the epilogue.
+            scaled: multiplies operands with scales; None: they have none.
+            ending: what becomes of the sums in place of the epilogue, or None.
         """
         self.problem, self.config, self.shape, self.refs = problem, config, shape, refs
         self.interpret, self.tiles, self.warpgroup = interpret, tiles, warpgroup
@@ -146,14 +146,14 @@ class ComputeLoop:
     # -- tiles that are stored at once
 
     def _now(self, i: jax.Array, ring: jax.Array) -> jax.Array:
-        """The i-th tile; gives the steps behind it."""
+        """Multiplies the i-th tile and stores it at once; gives the next one's `ring`."""
         tile, steps = self.tiles.at(i)
-        some = stores.holds_pairs(self.problem, self.shape, self.refs, tile)
+        holds = stores.holds_pairs(self.problem, self.shape, self.refs, tile)
         sums, at = self.multiply(tile, ring), self.place(tile)
         if self.ending:
             self.ending.finish(self.refs, sums, tile, at, self.warpgroup)
         else:
-            self.store_all(self.finish(sums, tile, at), at, some=some)
+            self.store_all(self.finish(sums, tile, at), at, holds=holds)
         return ring + steps
 
     def _as_told(self, i: jax.Array, ring: jax.Array) -> jax.Array:
@@ -164,7 +164,7 @@ class ComputeLoop:
         plain = self.shape._replace(tests_rows=False)
 
         def store_held(held: jax.Array | None = None) -> None:
-            """Of the rows, `held` have a pair, and the others are zero; all are as they are."""
+            """Stores the first `held` rows, and zeros behind them; with None all rows, as multiplied."""
             self.store_all(self.finish(sums, tile, at, plain, held), at)
 
         def store_tile() -> None:

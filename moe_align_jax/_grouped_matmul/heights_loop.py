@@ -30,8 +30,11 @@ class HeightsLoop(ComputeLoop):
         of_height: Callable[[int], Any],
         otherwise: Callable[[], Any],
     ) -> Any:
-        """`of_height` of the tile's, or `otherwise`: one branch within the other, so that none needs a tile's
-        height behind its products."""
+        """`of_height(h)` of a tile of h rows, one of `heights`; `otherwise()` of one of none.
+
+        The branches stand one within the other. So each knows its tile's height where it is compiled, and
+        none reads it behind the products.
+        """
         first, *others = heights
         if not others:
             there = lambda: of_height(first)  # noqa: E731
@@ -46,20 +49,20 @@ class HeightsLoop(ComputeLoop):
     def _of_height(
         self, tile: Tile, ring: jax.Array, between: Callable[[jax.Array], None], rows: int
     ) -> list[jax.Array]:
-        """The pieces of a tile of so many rows."""
+        """The pieces of a tile of `rows` rows."""
         sums, at = self.multiply(tile, ring, between, rows=rows), self.place(tile)
         pairs = tile.pairs if self.shape.tests_rows else None
         return self.finish(sums, tile, at, self.shape._replace(wn=rows), pairs)
 
     def _now(self, i: jax.Array, ring: jax.Array) -> jax.Array:
-        """The i-th tile, stored at once; gives the steps behind it."""
+        """Multiplies the i-th tile and stores it at once; gives the next one's `ring`."""
         tile, steps = self.tiles.hear_height(i)
 
-        def store_all(rows: int) -> None:
+        def store_tile(rows: int) -> None:
             for q, piece in enumerate(self._of_height(tile, ring, lambda k: None, rows)):
                 self.store(q, piece, self.place(tile), rows=piece.shape[1])
 
-        self._by_height(tile, self.config.heights, store_all, lambda: None)
+        self._by_height(tile, self.config.heights, store_tile, lambda: None)
         return ring + steps
 
     def _later(self, i: jax.Array, waiting: Waiting) -> Waiting:
@@ -68,7 +71,7 @@ class HeightsLoop(ComputeLoop):
         tile, steps = self.tiles.hear_height(i)
 
         def put_from(first: int) -> None:
-            """Stores the pieces from there on."""
+            """Stores the waiting tile's pieces from that one on, if a tile waits."""
             for q in range(first, len(waiting.pieces)):
                 pl.when(waiting.rows > 0)(lambda q=q: self.put(waiting, q))
 

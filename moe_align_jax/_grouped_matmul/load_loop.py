@@ -49,7 +49,7 @@ class LoadLoop:
             problem, config, shape, refs, interpret: of the kernel.
             tiles: of the CTA.
             loader: loads a step.
-            scaled: the products of operands with scales.
+            scaled: multiplies operands with scales, and copies those; None: there are none.
         """
         self.problem, self.config, self.shape, self.refs = problem, config, shape, refs
         self.interpret, self.tiles, self.loader, self.scaled = interpret, tiles, loader, scaled
@@ -93,15 +93,15 @@ class LoadLoop:
         """The i-th tile, its steps, and `said`; tells it, where those that multiply are told."""
         by_copies = self.shape.by_copies
         if self.config.heights:
-            # The others would wait for a tile's last steps, of which the next tile's steps say that they are
-            # there, and this warpgroup, with tiles of none to tell, for the others.
+            # A tile's last steps are said to be there during the next tile's steps. A tile of no steps would
+            # leave them unsaid: those that multiply would wait for them, and this warpgroup for those.
             rest = (lambda: self._all_arrived(ring, said)) if by_copies else (lambda: None)
             tile, steps = self.tiles.tell_height(i, rest, how)
             return tile, steps, jnp.where(tile.valid, said, ring) if by_copies else said
         tile, steps = self.tiles.at(i)
         if not self.config.ahead:
             return tile, steps, said
-        if by_copies:  # see above; few steps do not say all of the last tile's
+        if by_copies:  # see above; fewer steps than `lag` do not say all of the last tile's
             rest = (steps == 0) | (self.shape.k_steps < self.config.lag)
             pl.when(rest)(lambda: self._all_arrived(ring, said))
             said = jnp.where(rest, ring, said)

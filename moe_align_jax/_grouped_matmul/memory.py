@@ -95,12 +95,12 @@ class Refs:
         o_tiles, o_rows: pieces of the result, for registers and for TMA.
         scale_rows: the stages' scales of x.
         w_scale_rows: scales of the weights of two tiles.
-        parts: of a tile whose k several CTAs share, for the sum over them.
+        parts: each CTA's sums of a tile whose k several CTAs share, which the first one adds up.
         full, empty: barriers of the stages.
         shared: barriers of the cluster, for that sum.
-        told: what the warpgroup that loads says of its tiles.
-        vectors: what the epilogue reads.
-        stages: of the ring.
+        told: what the warpgroup that loads tells the others of each tile.
+        vectors: ids, row weights and bias, which the epilogue reads.
+        stages: how many the ring has.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Refs:
         refs, self.stages = iter(given), config.stages
 
         def take(wanted: Any = True) -> Any:
-            """The next one, where there is such a one."""
+            """The launch's next ref; None where there is no such one."""
             return next(refs) if wanted else None
 
         bound = launch_value(take()) if sized_at_launch else None

@@ -18,6 +18,7 @@ from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
 
 _F32 = jnp.float32
+# wgmma's sums, of a shape and a type. plgpu exports it, but not by a name that pyright takes for public.
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -39,7 +40,8 @@ class Products:
             tile: rows and columns.
             ring: steps of the ring before this tile's.
             between: called while a product of step k runs.
-            rows: of a swapped tile's, the first ones, that are multiplied; otherwise columns: `shape.wn`.
+            rows: columns of an accumulator: of a swapped tile the first so many rows of x, otherwise
+                `shape.wn`.
         """
         shape, refs = self.shape, self.refs
 
@@ -74,10 +76,15 @@ class Products:
         like = accumulator((shape.wm, rows), _F32)
         return pl.run_scoped(scope, *[like] * shape.accumulators)
 
-    def _operands(
-        self, slot: jax.Array, part: int, accumulator: int, height: int
-    ) -> tuple[Any, Any]:
-        """wgmma's two, for 64 columns of x; of tiles of several heights, for the first `height` rows."""
+    def _operands(self, slot: jax.Array, part: int, which: int, height: int) -> tuple[Any, Any]:
+        """wgmma's two operands, for 64 columns of x.
+
+        Args:
+            slot: the stage.
+            part: which of its `k_parts`.
+            which: the accumulator: 0, or 1 where gate and up lie apart.
+            height: of tiles of several heights, how many rows of x.
+        """
         problem, config, shape, refs = self.problem, self.config, self.shape, self.refs
         warpgroup = self.warpgroup
         x = refs.x_tiles.at[slot, part]
@@ -94,9 +101,7 @@ class Products:
                 return w, x.transpose((1, 0))
             return x, w.transpose((1, 0))
         if shape.w_parts > 1:
-            own = (
-                accumulator if config.form == "m" else warpgroup * shape.accumulators + accumulator
-            )
+            own = which if config.form == "m" else warpgroup * shape.accumulators + which
             w = refs.w_tiles.at[slot, own, ks]
         else:
             columns = slice(None) if config.form == "m" else pl.ds(warpgroup * width, width)

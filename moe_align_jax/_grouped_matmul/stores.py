@@ -53,7 +53,7 @@ def holds_pairs(
 
 
 class Store:
-    """Stores pieces of a tile, through a slot of shared memory each."""
+    """Stores a warpgroup's pieces of tiles, each through a slot of shared memory: by TMA, or by threads."""
 
     def __init__(
         self,
@@ -78,14 +78,21 @@ class Store:
         at: tuple[jax.Array, ...],
         *,
         whole: bool = False,
-        some: Sequence[jax.Array] = (),
+        holds: Sequence[jax.Array] = (),
         rows: int = 0,
         height: Any = None,
     ) -> None:
-        """Piece q of a tile at (first row, first column, end): row after row; swapped, column after column.
+        """Stores piece q of a tile.
 
-        `whole`: all of the tile's rows are known to be stored. `some`: of `holds_pairs`. `rows`: of a piece
-        that may have fewer than the others; 0: it has as many. `height`: of the tile, one of `heights`.
+        Args:
+            q: number of the piece: those of the same rows follow each other; of a swapped tile those of the
+                same columns do.
+            value: the piece, in registers.
+            at: (first row, first column, end) of what the warpgroup has of the tile: `ComputeLoop.place`.
+            whole: all of the tile's rows are known to be stored.
+            holds: what `holds_pairs` says of the tile.
+            rows: of a piece that may have fewer than the others; 0: it has as many.
+            height: rows of the tile, one of `Config.heights`; None: it has all.
         """
         row, column, end = at
         slot, down, across = q % self.slots, q // self.across, q % self.across
@@ -112,14 +119,14 @@ class Store:
                 first = functools.partial(self._first, slot, row, column, each - self.rows * down)
                 pl.when(height == each)(first)
         elif self.shape.out_by_rows:
-            self._some(slot, row, column, end)
+            self._by_threads(slot, row, column, end)
         elif whole or not self.shape.partial:
-            self._whole(slot, row, column, some)
+            self._whole(slot, row, column, holds)
         else:
             lax.cond(
                 row + self.rows <= end,
                 lambda: self._whole(slot, row, column),
-                lambda: self._some(slot, row, column, end),
+                lambda: self._by_threads(slot, row, column, end),
             )
 
     def _first(self, slot: int, row: jax.Array, column: jax.Array, rows: int) -> None:
@@ -129,11 +136,11 @@ class Store:
         plgpu.copy_smem_to_gmem(source, self.refs.out.at[pl.ds(row, rows), columns])
 
     def _whole(
-        self, slot: int, row: jax.Array, column: jax.Array, some: Sequence[jax.Array] = ()
+        self, slot: int, row: jax.Array, column: jax.Array, holds: Sequence[jax.Array] = ()
     ) -> None:
         """Stores a slot by TMA, all of its rows, from (row, column) of the result on.
 
-        With `some`, it stores runs of `store_rows` rows: the first, and the further ones whose `some` holds.
+        With `holds`, it stores runs of `store_rows` rows: the first, and the further ones that hold a pair.
         """
         rows, columns = self.rows, pl.ds(pl.multiple_of(column, self.shape.piece), self.shape.piece)
         if self.problem.rows == "masked":
@@ -142,16 +149,16 @@ class Store:
             target = self.refs.out.at[expert, pl.ds(row - expert * most, rows), columns]
         else:
             target = self.refs.out.at[pl.ds(row, rows), columns]
-        if not some:
+        if not holds:
             plgpu.copy_smem_to_gmem(self.refs.o_rows.at[self.warpgroup, slot], target)
         each = self.shape.store_rows
-        for k, wanted in enumerate((None, *some) if some else ()):
+        for k, wanted in enumerate((None, *holds) if holds else ()):
             source = self.refs.o_rows.at[self.warpgroup, slot, pl.ds(k * each, each)]
             part = self.refs.out.at[pl.ds(row + k * each, each), columns]
             copy = functools.partial(plgpu.copy_smem_to_gmem, source, part)
             copy() if wanted is None else pl.when(wanted)(copy)
 
-    def _some(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
+    def _by_threads(self, slot: int, row: jax.Array, column: jax.Array, end: jax.Array) -> None:
         """Stores a slot's rows that lie before `end`, by threads, from (row, column) of the result on."""
         if not self.shape.partial:
             end = row + self.rows

@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._grouped_matmul import inline_stores, inline_wgmma, memory, products
+from moe_align_jax._grouped_matmul.weight_gradient_cta_tiles import CtaTiles, Tile
 from moe_align_jax._grouped_matmul.weight_gradient_plan import SLOTS, WM, Plan, Refs
-from moe_align_jax._grouped_matmul.weight_gradient_turns import CtaTiles, Tile
 
 _I32, _F32 = jnp.int32, jnp.float32
 _SHORT = 16  # rows of a wgmma
@@ -56,7 +56,7 @@ class ComputeLoop:
         plgpu.wait_smem_to_gmem(0)
 
     def _now(self, i: jax.Array, ring: jax.Array) -> jax.Array:
-        """The i-th tile, stored at once; gives the steps behind it."""
+        """Multiplies the i-th tile and stores it at once; gives the next one's `ring`."""
         tile = self.tiles.at(i)
         at = self._place(tile)
         sums = self._multiply(tile, ring, lambda k: None)

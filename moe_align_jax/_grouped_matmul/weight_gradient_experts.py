@@ -21,13 +21,16 @@ class Experts(NamedTuple):
     order: jax.Array
 
 
-def experts_of(problem: WeightGradient, *where: jax.Array) -> Experts:
-    """From the arrays that say whose rows are where. An expert's rows follow each other."""
-    return located(problem, *where)[0]
-
-
 def located(problem: WeightGradient, *where: jax.Array) -> tuple[Experts, jax.Array | None]:
-    """`experts_of`, and whether it is true of "blocks" that an expert's rows follow each other."""
+    """The experts of the problem, whose rows are taken to follow each other; and whether they do.
+
+    Args:
+        problem: the weights' gradient.
+        where: its inputs behind lhs and rhs, which say whose rows are where.
+
+    Returns:
+        The experts, and bool `[]`; None where an expert's rows always follow each other: not of "blocks".
+    """
     layout, consecutive = problem.layout, None
     every = jnp.arange(layout.num_experts, dtype=_I32)
     if layout.rows == "masked":

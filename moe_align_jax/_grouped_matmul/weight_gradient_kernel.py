@@ -5,7 +5,7 @@ is bm columns of lhs by bn of rhs, and a stage of the ring has bk rows of both: 
 operand with the columns as rows, so that nothing is transposed in memory. Experts have any number of rows;
 those with the most come first, and the CTAs take tiles in turn, forth and back, so that all have about as
 many rows. Where a hot expert's tiles make some CTAs late, the others take more tiles
-(`weight_gradient_turns.deal`). An expert without rows gets zeros.
+(`weight_gradient_cta_tiles.deal`). An expert without rows gets zeros.
 
 The kernel reads an expert's rows from the first to the last. Where they may not follow each other (a caller's
 alignment, an expert map that gives two experts one local id) that is tested on the device, and the loop of
@@ -23,6 +23,10 @@ one. Where a matrix has fewer tiles than the GPU has multiprocessors, an expert 
 leave some without work: its rows are cut into pieces. A first launch sums each piece, into float32, and the
 second adds an expert's pieces up in their order, in place of multiplying. Nothing is atomic: each sum is made
 by one warpgroup, in the order of the rows. Needs sm_90a: wgmma, TMA.
+
+Its parts are in `weight_gradient_*.py`: tiles (sizes, and which problem gets which), experts (whose rows are
+where), plan (what follows from the sizes, and memory), cta_tiles (which tiles a CTA has), and the two loops,
+load and compute.
 """
 
 import functools
@@ -38,11 +42,11 @@ from moe_align_jax._grouped_matmul import inline_wgmma, launch, reference
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 from moe_align_jax._grouped_matmul.weight_gradient_compute import ComputeLoop
+from moe_align_jax._grouped_matmul.weight_gradient_cta_tiles import CtaTiles
 from moe_align_jax._grouped_matmul.weight_gradient_experts import Experts, cut, located
 from moe_align_jax._grouped_matmul.weight_gradient_load import LoadLoop
 from moe_align_jax._grouped_matmul.weight_gradient_plan import COMPUTING, Refs, plan_of, scratch
 from moe_align_jax._grouped_matmul.weight_gradient_tiles import Tiles, gathers_first, tiles_for
-from moe_align_jax._grouped_matmul.weight_gradient_turns import CtaTiles
 from moe_align_jax._lowering.sharding import vary_together
 
 # Registers of a thread that loads, and of one that multiplies, without cp.async and with it.

@@ -10,8 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._grouped_matmul import inline, inline_rows
 from moe_align_jax._grouped_matmul.config import UNIT
+from moe_align_jax._grouped_matmul.weight_gradient_cta_tiles import CtaTiles, Tile
 from moe_align_jax._grouped_matmul.weight_gradient_plan import Plan, Refs
-from moe_align_jax._grouped_matmul.weight_gradient_turns import CtaTiles, Tile
 
 _I32 = jnp.int32
 
@@ -35,7 +35,7 @@ class LoadLoop:
             plgpu.barrier_wait(refs.empty.at[refs.slot_of(end + stage)])
 
     def _load(self, i: jax.Array, ring: jax.Array) -> jax.Array:
-        """The steps of the i-th tile; gives those behind it."""
+        """Loads the steps of the i-th tile, before which the ring has `ring`; gives the next one's `ring`."""
         tile, plan, lag = self.tiles.at(i), self.plan, self.plan.tiles.lag
 
         def step(k: jax.Array, found: tuple[Any, ...]) -> tuple[Any, ...]:

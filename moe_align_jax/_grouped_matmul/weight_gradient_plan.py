@@ -1,4 +1,4 @@
-"""What follows from a weight gradient and its tiles: how memory is cut, and how rows come into it."""
+"""What follows from a weight gradient and its tiles, and the kernel's memory: operands, results, scratch."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ class Operand(NamedTuple):
 
     Attributes:
         columns: of the array.
-        wide: of a tile.
-        gathered: row r is that of a token.
-        by_tma: whole tiles by TMA.
+        wide: columns of a tile.
+        gathered: whether row r is that of a token, which sorted_token_ids name.
+        by_tma: whether TMA loads whole tiles; otherwise cp.async copies row by row.
         like: the transforms of a tile in shared memory.
     """
 
@@ -38,8 +38,7 @@ class Operand(NamedTuple):
 
 
 def _operand_of(problem: WeightGradient, tiles: Tiles, name: str) -> Operand:
-    """How the kernel reads "lhs" or "rhs": its columns, those of a tile, whether it gathers rows, whether TMA
-    loads it."""
+    """How the kernel reads the operand of that name, "lhs" or "rhs"."""
     layout, gathered = problem.layout, problem.gathered == name
     columns, wide = (layout.k, tiles.bm) if name == "lhs" else (layout.n, tiles.bn)
     step = {"blocks": layout.block_size, "masked": layout.max_rows, "ragged": 1}[layout.rows]
@@ -54,7 +53,7 @@ class Plan(NamedTuple):
     """What follows from a problem and its tiles.
 
     Attributes:
-        problem, tiles: see there.
+        problem, tiles: what it follows from.
         of_pieces: whether the launch sums the pieces of hot experts.
         interpret: whether Pallas' interpreter runs it.
         sides: lhs and rhs.
@@ -63,8 +62,8 @@ class Plan(NamedTuple):
         piece: columns of the result that are stored at a time, a band.
         out_shape: of the result; of pieces, whole tiles, so that they can be read without a look at the
             edges.
-        by_rows: whether bands are stored by threads: TMA stores of a single band lose the dimension of bands,
-            and with it their index.
+        by_rows: whether threads store the bands, row by row. TMA does where bands are whole, and the result
+            has more than one: of a single one Mosaic drops the dimension of bands, and with it their index.
     """
 
     problem: WeightGradient
@@ -105,12 +104,17 @@ def plan_of(problem: WeightGradient, tiles: Tiles, of_pieces: bool, interpret: b
     if of_pieces:
         out_shape = layout.num_experts, m_tiles * tiles.bm, n_tiles * tiles.bn
     return Plan(
-        *(problem, tiles, of_pieces, interpret),
-        (_operand_of(problem, tiles, "lhs"), _operand_of(problem, tiles, "rhs")),
-        *(m_tiles, n_tiles),
-        tiles.level and levels(problem, tiles),
-        *(piece, out_shape),
-        not of_pieces and (k % WM != 0 or n % piece != 0 or n == piece),
+        problem=problem,
+        tiles=tiles,
+        of_pieces=of_pieces,
+        interpret=interpret,
+        sides=(_operand_of(problem, tiles, "lhs"), _operand_of(problem, tiles, "rhs")),
+        m_tiles=m_tiles,
+        n_tiles=n_tiles,
+        level=tiles.level and levels(problem, tiles),
+        piece=piece,
+        out_shape=out_shape,
+        by_rows=not of_pieces and (k % WM != 0 or n % piece != 0 or n == piece),
     )
 
 
@@ -136,7 +140,7 @@ class Refs:
         self.num_stages = plan.tiles.stages
 
         def take(wanted: Any = True) -> Any:
-            """The next one, where there is such a one."""
+            """The launch's next ref; None where there is no such one."""
             return next(refs) if wanted else None
 
         self.start, self.count, self.order = take(), take(), take()

@@ -390,27 +390,21 @@ def weight_gradients(interpret: bool = False) -> None:
     import jax
     import jax.numpy as jnp
 
-    from moe_align_jax._grouped_matmul import reference, weight_gradient_tiles
+    from moe_align_jax._grouped_matmul import reference
     from moe_align_jax._grouped_matmul import weight_gradient_kernel as kernel
+    from moe_align_jax._grouped_matmul.weight_gradient_tiles import Tiles, tiles_for
     from tests.matmul import test_weight_gradient as cases
 
     cpu = jax.devices("cpu")[0]
     # wgmma takes 64 rows of a stage; Pallas' interpreter copies rows one by one, and takes any number.
-    cut, tokens = (
-        (weight_gradient_tiles.Tiles(bk=16, pieces=3), 140)
-        if interpret
-        else (weight_gradient_tiles.Tiles(pieces=3), 600)
-    )
+    cut, tokens = (Tiles(bk=16, pieces=3), 140) if interpret else (Tiles(pieces=3), 600)
     with jax.default_device(cpu):  # not XLA's own kernels under the tool
         every = (
             (None, cases.ragged([0, 20, 70], 95, 24, 24, out="float32")),
             (None, cases.blocks(70, 2, 2, 128, 320, 64, gathered=None, routing="dropped")),
             (None, cases.blocks(9, 2, 2, 64, 320, 64, gathered="lhs", routing="dropped")),
             (cut, cases.blocks(tokens, 2, 2, 128, 256, 64, gathered="rhs", routing="hot")),
-            (
-                weight_gradient_tiles.Tiles(level=True, bk=cut.bk),
-                cases.ragged([9, 400, *range(8)], 450, 24, 24),
-            ),
+            (Tiles(level=True, bk=cut.bk), cases.ragged([9, 400, *range(8)], 450, 24, 24)),
         )
         every = [
             (tiles, problem, [np.asarray(x) for x in given]) for tiles, (problem, given) in every
@@ -418,7 +412,7 @@ def weight_gradients(interpret: bool = False) -> None:
         wanted = [reference.weight_gradient(p, *map(jnp.asarray, given)) for _, p, given in every]
     for (tiles, problem, given), want in zip(every, wanted, strict=True):
         # Few CTAs: the tools' time grows with them.
-        tiles = (tiles or weight_gradient_tiles.tiles_for(problem))._replace(num_ctas=4)
+        tiles = (tiles or tiles_for(problem))._replace(num_ctas=4)
         call = jax.jit(functools.partial(kernel.run, problem, tiles=tiles, interpret=interpret))
         found, want = np.asarray(call(*given), np.float64), np.asarray(want, np.float64)
         error = np.linalg.norm(found - want) / np.linalg.norm(want)

@@ -691,7 +691,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul.weight_gradient_kernel",
         "moe_align_jax._grouped_matmul.weight_gradient_load",
         "moe_align_jax._grouped_matmul.weight_gradient_plan",
-        "moe_align_jax._grouped_matmul.weight_gradient_turns",
+        "moe_align_jax._grouped_matmul.weight_gradient_cta_tiles",
         "lazily benchmarks.grouped_matmul",
         "lazily benchmarks.training_peers",
         "moe_align_jax._grouped_matmul.epilogue",

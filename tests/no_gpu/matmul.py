@@ -520,7 +520,7 @@ def lower(problem: Any, config: Any) -> Any:
         call = jax.jit(build(problem, tiles))
 
         def made(*operands):
-            experts = weight_gradient_experts.experts_of(problem, *operands[2:])
+            experts, _ = weight_gradient_experts.located(problem, *operands[2:])
             given = functools.partial(
                 weight_gradient_kernel.arguments, problem, tiles, interpret=False
             )

@@ -15,12 +15,17 @@ from moe_align_jax._grouped_matmul.weight_gradient_plan import LISTED, Plan, Ref
 
 _I32 = jnp.int32
 # The time that a tile takes beside that of its rows, in rows: 1.03 us, and 0.693 us for 64 rows, fitted to
-# uniform times of three sizes (H200, 2026-11-30, 04:43). 160 rows took as long.
+# uniform times of three sizes (H200, 2026-11-30, 04:43). With 160 here products took as long.
 ROWS_OF_TILE = 96
 
 
 class Dealt(NamedTuple):
-    """What `deal` found: how many tiles of a CTA are listed, and the first tile that is nobody's yet."""
+    """What `deal` found.
+
+    Attributes:
+        listed: how many tiles the CTA's list has.
+        begin: the first tile that no CTA was dealt.
+    """
 
     listed: Any
     begin: Any
@@ -87,7 +92,7 @@ def deal(
 
 
 class Turns:
-    """Which tiles a CTA has, one after the other.
+    """The numbers of a CTA's tiles, among those of all experts, one after the other.
 
     Attributes:
         mine: how many.
