@@ -75,21 +75,25 @@ _LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 # shuffled 339 (353).
 # Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
 # and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
+# Of 144, dealt by rounds, with a sixth height of 80 rows, 2026-11-30, 08:45, for in turns without it, means,
+# uniform, Zipf, Zipf of shuffled experts:
+#   32768 rows, 2048 -> 1536, 128 experts: 314, 357, 352 for 314, 361, 355
+#   32768 gathered rows, gate and up, 2048 -> 768: 368, 393, 398 for 369, 405, 404
+#   65536 gathered rows, gate and up, 7168 -> 256, 256 experts (not late), 08:11: 796, 849, 910; without a
+#   sixth height 798, 854, 887; in turns 793, 860, 879
 # Tiles of several heights, by these figures. Rows less than a block's. Of blocks of 144 rows, columns up to
 # which all n tiles of a block follow each other, and K from which on they do without an activation. Rows of
 # a block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to
 # that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
 # rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
-_LESS_OF_DEALT = (8, 16, 24, 64)
+_LESS_OF_DEALT, _LEAST_K_NOT_DEALT = (8, 16, 24, 40, 64), 4096
 _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_LISTS = 1 << 39
 _GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
 _GROUP_OF_COPIED = 4  # of gate and up whose rows lie in order
-_LEAST_K_NOT_LATE = (
-    4096  # of gate and up of many experts in blocks of 144 rows; no blocks are dealt there
-)
+_LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows
 
 
 def config_for(
@@ -186,7 +190,8 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
         more = {"finds": True, "late": late and not early, "trims": not problem.top_k}
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
-        deals = in_turn and late and problem.rows == "blocks" and problem.k < _LEAST_K_NOT_LATE
+        deals = in_turn and more["late"] and problem.rows == "blocks"
+        deals = deals and problem.k < _LEAST_K_NOT_DEALT
         less = _LESS_OF_DEALT if deals else _LESS_OF_144
         found = with_heights(problem, tiles, less, True, **more)
         mixes = found.cuts and problem.rows == "blocks" and not few

@@ -235,7 +235,7 @@ def mixed_case(k: int, n: int) -> tuple[Any, MatmulProblem]:
     return where, test_heights.problem_of(where, 144, 18, k, n)
 
 
-DEALT = FOUND._replace(heights=(144, 136, 128, 120, 80), mixes=True, deals=True)
+DEALT = FOUND._replace(heights=(*HEIGHTS, 80), mixes=True, deals=True)
 
 
 @pytest.mark.parametrize("group, deals", [(0, False), (2, False), (0, True)])
@@ -308,7 +308,7 @@ def test_which_products_take_them():
         many = experts == 128
         assert (chosen_of_blocks.mixes, chosen_of_blocks.deals) == (many, many)
         assert chosen_of_blocks.heights[-1] == (80 if many else 104)
-        long = choose_tiles.config_for(blocks._replace(k=4096))  # not measured
+        long = choose_tiles.config_for(blocks._replace(k=4096))
         assert (long.mixes, long.deals, long.heights[-1]) == (many, False, 104)
     assert chosen(8192, 128) == FOUND
     assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)

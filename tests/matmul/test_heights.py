@@ -471,9 +471,9 @@ def test_which_products_take_them():
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
     silu = Weights(activation="silu", gated=True)
     gather = {"num_tokens": 4096, "top_k": 8, "zero_padding": False}
-    low, lowest = (136, 128, 120, 104), (136, 128, 120, 80)
+    low, lowest = (136, 128, 120, 104), (136, 128, 120, 104, 80)
     assert chosen(144, 128) == (low, "exact", 4, True, True, True)
-    assert chosen(144, 128, n=2048, **any_rows) == (low, "exact", 0, True, True, True)
+    assert chosen(144, 128, 4096, 2048, **any_rows) == (low, "exact", 0, True, True, True)
     assert chosen(144, 128, 2048, 2048, **any_rows) == (lowest, "exact", 0, True, True, True)
     assert chosen(144, 8, n=2048, rows=3) == (low, "exact", 4, True, True, True)
     assert chosen(144, 128, 2048, 768, weights=silu, **gather) == (
