@@ -97,6 +97,8 @@ def config_for(
     lists: whether a launch ahead of the product can list its tiles, as those by falling height need it.
     """
     rules = RULES.get(gpu_kind or "", DEFAULT_RULES)
+    if problem.few_forms:
+        problem = problem.smallest
     bm = tile_rows(problem, rules)
     if bm == 128 and (found := _found_of_groups(problem, rules)):
         return found
@@ -283,8 +285,8 @@ def as_multiplied(problem: MatmulProblem, gpu_kind: str | None = None) -> Matmul
 
 
 def _gathers_first(problem: MatmulProblem, columns: int, rows: int) -> bool:
-    """Whether the weights have so many columns (none: never), and a mean expert so many rows."""
+    """Whether the weights have so many columns (none: never), and a mean expert more rows than that."""
     pairs = problem.num_tokens * problem.top_k
-    many = tile_rows(problem) >= 128 and pairs >= rows * problem.num_experts
+    many = tile_rows(problem) >= 128 and pairs > rows * problem.num_experts
     many = many and not problem.scales
     return bool(columns and problem.top_k and many and problem.w_columns >= columns)

@@ -141,7 +141,8 @@ def shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
         return tiles
     count, steps = num_tiles(problem, tiles), -(-problem.k // tiles.bk)
     for split, (most, num_ctas) in _SPLITS.items():
-        if split > 2 and tiles.computing == 1:  # whose ring takes all of an SM
+        # The ring of one warpgroup takes all of an SM. Of many tiles four CTAs for each lose.
+        if split > 2 and (tiles.computing == 1 or problem.few_forms):
             continue
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
             return tiles._replace(split=split, num_ctas=num_ctas)

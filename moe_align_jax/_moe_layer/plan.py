@@ -68,6 +68,7 @@ class LayerProblem(NamedTuple):
         check_blocks: blocks may be of experts that there are no weights for.
         scales: of x and of gate and up, where they are e4m3.
         down_scales: "tensor" or "blocks": how those of w_down lie.
+        few_forms: see `MatmulProblem.few_forms`, of both products.
     """
 
     num_tokens: Any
@@ -86,6 +87,7 @@ class LayerProblem(NamedTuple):
     check_blocks: bool
     scales: Scales | None = None
     down_scales: str = ""
+    few_forms: bool = False
 
     function = "fused_moe"
 
@@ -165,6 +167,7 @@ class LayerProblem(NamedTuple):
             consecutive=not self.check_blocks,
             all_rows=self.pairs,
             in_order=self.pairs,
+            few_forms=self.few_forms,
             **sizes,
         )
 
