@@ -100,8 +100,9 @@ class MatmulProblem(NamedTuple):
         in_order: with top_k and blocks of one row: it is known that row r is pair r, of token r // top_k.
         inverse: with top_k: the last operand is `row_of_pair` `[num_tokens, top_k]`, the row of each pair, -1
             for none. By it a launch may copy tokens' rows to those of their pairs (spread.py).
-        few_forms: of blocks of one row: all batch sizes have the tiles of the smallest one, so that a model
-            needs few kernels.
+        few_forms: of blocks of one row: how few forms the batch sizes of a model shall have, so that it needs
+            few kernels: 0: each the fastest; 1: narrow tiles remain narrow, at most two CTAs share one, and
+            sums have the tiles of one token; 2: as well, as many CTAs share a tile as of one token.
     """
 
     function: str
@@ -131,7 +132,7 @@ class MatmulProblem(NamedTuple):
     all_rows: bool = False
     in_order: bool = False
     inverse: bool = False
-    few_forms: bool = False
+    few_forms: int = 0
 
     @property
     def w_columns(self) -> int:

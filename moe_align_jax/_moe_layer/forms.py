@@ -25,7 +25,7 @@ def tiles_of(
 
 
 def planned(problem: LayerProblem) -> LayerProblem:
-    """The same layer, with `few_forms` where its model would need more than `MOST_KERNELS` otherwise.
+    """The same layer, with the least `few_forms` by which its model needs no more than `MOST_KERNELS`.
 
     Few tokens have most of the forms: without an alignment, several CTAs share what few tiles there are.
     """
@@ -34,7 +34,10 @@ def planned(problem: LayerProblem) -> LayerProblem:
     if config.unsupported(problem.first) or config.unsupported(problem.second):
         return problem
     smallest = problem._replace(num_tokens=1, num_rows=problem.top_k)
-    return problem._replace(few_forms=_num_kernels(smallest) > MOST_KERNELS)
+    for few_forms in (0, 1):
+        if _num_kernels(smallest._replace(few_forms=few_forms)) <= MOST_KERNELS:
+            return problem._replace(few_forms=few_forms)
+    return problem._replace(few_forms=2)
 
 
 @functools.cache

@@ -676,11 +676,14 @@ def test_a_model_takes_at_most_twelve_kernels(model, transposed):
         assert 2 <= len(found) <= 12, sorted(found)
 
 
-def test_few_tokens_have_one_form_where_a_model_would_need_more_kernels():
-    """GPT-OSS 120B would need 15, or with biases 14; the layers that were measured keep theirs."""
+def test_few_tokens_have_few_forms_where_a_model_would_need_more_kernels():
+    """GPT-OSS 120B would need 15, or with biases 14, for six forms of few tokens; the layers that were
+    measured beside vLLM's keep theirs."""
     for options in ({}, OF_GPT_OSS):
         few = kernels_of((128, 4, 2880, 2880), True, range(1, 9), **options)
-        assert {blocks for _, blocks, _ in few} == {"pairs"} and len(few) == 2
+        assert {blocks for _, blocks, _ in few} == {"pairs"} and len(few) == 3
+    for transposed, most in ((True, 3), (False, 2)):
+        assert len(kernels_of((32, 1, 2048, 2048), transposed, range(1, 9))) == most
     assert len(kernels_of((256, 8, 7168, 256), True, range(1, 9))) == 4
     assert len(kernels_of((128, 8, 2048, 768), True, range(1, 5))) == 4
 

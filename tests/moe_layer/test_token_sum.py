@@ -219,10 +219,10 @@ def test_layers_of_pairs_on_a_gpu(name):
     assert np.asarray(run(*operands)).tobytes() == got.tobytes()
 
 
-def check_one_form(monkeypatch, name: str, implementation: str) -> None:
-    """A layer whose tiles are those of one token, as if its model would need too many kernels."""
+def check_few_forms(monkeypatch, name: str, implementation: str) -> None:
+    """A layer with the tiles of the fewest forms, as if its model would need too many kernels."""
     monkeypatch.setattr(forms, "MOST_KERNELS", 0)
-    if name == "one pair of a token":  # tiles that two CTAs share, more than are taken at once
+    if name == "one pair of a token":  # two CTAs share each of more tiles than are taken at once
         sizes = {"tokens": 8, "top_k": 1, "experts": 32, "hidden": 1280, "ffn": 768}
         operands, options = make_layer(**sizes, dtype="bfloat16", transpose_rhs=True)
     else:
@@ -236,14 +236,14 @@ def check_one_form(monkeypatch, name: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dropped", "narrow, interleaved"])
-def test_layers_in_one_form(monkeypatch, name):
-    check_one_form(monkeypatch, name, "emulator")
+def test_layers_in_few_forms(monkeypatch, name):
+    check_few_forms(monkeypatch, name, "emulator")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["dropped", "expert map, valid tokens", "one pair of a token"])
-def test_layers_in_one_form_on_a_gpu(monkeypatch, name):
-    check_one_form(monkeypatch, name, "mosaic_gpu")
+def test_layers_in_few_forms_on_a_gpu(monkeypatch, name):
+    check_few_forms(monkeypatch, name, "mosaic_gpu")
 
 
 @pytest.mark.parametrize("name", ["dropped", "biases", "weights on input"])

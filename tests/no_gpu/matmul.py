@@ -258,9 +258,9 @@ def one_token() -> Iterator[tuple[str, Any, Any]]:
     ):
         weights = Weights(transposed, activation="silu", gated=True, **more)
         given = (8, top_k, hidden, ffn, experts, "bfloat16", "bfloat16", weights, bool(more), False)
-        layer = LayerProblem(*given, 1, 8 * top_k, True, False, few_forms=True)
+        layer = LayerProblem(*given, 1, 8 * top_k, True, False, few_forms=2)
         for which, product in (("gate and up", layer.first), ("down", layer.second)):
-            name = f"one form for 8 tokens, {which}, {experts} experts, transposed {transposed}"
+            name = f"few forms, 8 tokens, {which}, {experts} experts, transposed {transposed}"
             yield name, product, config_for(product, "NVIDIA H200")
 
 
