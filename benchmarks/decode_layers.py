@@ -50,11 +50,14 @@ class Layer(NamedTuple):
         name: the provider.
         run: `(h [T, H], ids, weights, experts' weights, boxes) -> what is added to the tokens [T, H]`.
         bare: whether nothing is communicated: then nothing useful is computed either.
+        records: whether `run` gives (what is added, the rows of each of the rank's experts), and the step
+            records these as the experts' load.
     """
 
     name: str
     run: Callable
     bare: bool = False
+    records: bool = False
 
 
 # -- what all of them do ---------------------------------------------------------------------------------
@@ -124,6 +127,7 @@ def ours(
     implementation: str | None,
     transport: str,
     gathers: bool | None = None,
+    records: bool = False,
 ) -> Layer:
     """dispatch and combine; `gathers` where "all_to_all" is to send otherwise than it does."""
     options = {"transport": transport, "initialize": False}
@@ -135,9 +139,10 @@ def ours(
         del boxes
         (rows, scales, masked_m, *_), handle = exchange.out(h, ids, weights)
         y = masked_experts(form, implementation, rows, scales, masked_m, w, expected_m(size, ranks))
-        return exchange.back(y, handle)
+        added = exchange.back(y, handle)
+        return (added, masked_m) if records else added
 
-    return Layer(exchange.name, run)
+    return Layer(exchange.name + ", load recorded" * records, run, records=records)
 
 
 def plain_boxes(size: Size, ranks: int, form: str, implementation: str | None, kind: str) -> Layer:
@@ -249,5 +254,6 @@ def every(
     yield plain_boxes(*given, "all_gather + psum_scatter")
     for transport in transports[1:]:
         yield ours(*given, transport)
+    yield ours(*given, transports[0], records=True)
     if platform == "gpu":
         yield ours(*given, "all_to_all", not exchanges.gathers(size, ranks))

@@ -12,7 +12,8 @@ Beside ours stand
 - "gathered tokens": tokens are all-gathered in bfloat16, each GPU computes its own experts on them, and a
   psum_scatter adds up;
 - "no communication": routing and the same products on rows that are there. What a step takes beyond that is
-  the price of its communication, layouts included.
+  the price of its communication, layouts included;
+- ours with the experts' load recorded from `masked_m`, once a step: `record_expert_load`.
 
 The formats: "bf16", "fp8-wire" (rows travel as e4m3 and are dequantised) and "fp8" (e4m3 products too).
 """
@@ -97,24 +98,45 @@ class Stack:
         return jax.device_put(x.astype(jnp.bfloat16), NamedSharding(self.mesh, P(AXIS)))
 
     def step(self, layer: Layer, masked_m: Any, boxes: Any) -> tuple[Callable, tuple]:
-        """(`(x, *rest) -> x`, rest behind x0) of all layers; `boxes` and `masked_m [L, E]` for a bare one."""
+        """(`((x, load), *rest) -> (x, load)`, rest) of all layers; `boxes` and `masked_m [L, E]` for a bare
+        one, `load` for one that records, else None."""
         model, count = self.model, len(self.sets)
 
         @jax.jit  # traced and lowered once, not once per layer
         def one(x, x0, router, w, boxes):
             h = decode_layers.normalised(x)
             ids, weights = decode_layers.routed(model, x0, x, router)
-            return x0 + layer.run(h, ids, weights, w, boxes).astype(x0.dtype)
+            added = layer.run(h, ids, weights, w, boxes)
+            added, rows = added if layer.records else (added, None)
+            return x0 + added.astype(x0.dtype), rows
 
-        def body(x, x0, routers, sets, masked_m, boxes):
+        def body(carry, x0, routers, sets, masked_m, boxes):
+            x, load = carry
+            rows = []
             for number in range(self.layers):
                 given = (*boxes, masked_m[number]) if layer.bare else None
-                x = one(x, x0, routers[number % count], sets[number % count], given)
-            return x
+                x, more = one(x, x0, routers[number % count], sets[number % count], given)
+                rows.append(more)
+            if layer.records:
+                load = maj.record_expert_load(load, None, jnp.stack(rows))
+            return x, load
 
         given = (masked_m, boxes) if layer.bare else (None, None)
         specs = (P(AXIS), P(AXIS), P(), P(AXIS), P(None, AXIS), P(AXIS))
         return self._over(body, specs, P(AXIS)), (self.routers, self.sets, *given)
+
+    def load(self) -> Any:
+        """What records the experts' load: each rank counts the rows of its own experts."""
+        return maj.init_expert_load(
+            "stat",
+            num_layers=self.layers,
+            num_physical_experts=self.model.experts,
+            num_passes=8,
+            num_shards=self.mesh.size,
+            local_experts=True,
+            sharding=NamedSharding(self.mesh, P(AXIS)),
+            recording=True,
+        )
 
     def boxes(self, tokens: int) -> tuple[jax.Array, jax.Array | None]:
         """Rows `[E, R, H]` and their scales that lie there."""
@@ -203,23 +225,33 @@ def steps_of(
             continue
         function, rest = stack.step(layer, counts, boxes)
 
-        def check(x, layer=layer):
-            """After many steps, which start from each other's end: as much is added as in the first."""
+        def check(carry, layer=layer):
+            """After many steps, which start from each other's end: as much is added as in the first, and each
+            pass that is kept has the pairs of the experts."""
+            x, load = carry
             added = np.asarray(x).astype(np.float64) - start
             found = float((added**2).mean()) / power
             if not (layer.bare or math.isclose(found, 1, rel_tol=0.2)):
                 raise AssertionError(
                     f"{layer.name}: the experts add {found:.3g} of what they should"
                 )
+            if layer.records:
+                passes = maj.collect_expert_load(load).logical_count
+                if not (len(passes) and (passes == np.asarray(counts)).all()):
+                    raise AssertionError(f"{layer.name}: other counts than those of the ids")
 
-        def check_first(x, layer=layer):
+        def check_first(carry, layer=layer):
             if layer.bare:
                 return
+            x, _ = carry
             error = difference(np.asarray(x).astype(np.float64) - start, want)
             if not error < LIMITS[stack.form]:
                 raise AssertionError(f"{layer.name}: difference {error:.3g} from float32")
 
-        yield clocks.Step(layer.name, function, x0, (x0, *rest), stack.layers, check, check_first)
+        carry = x0, stack.load() if layer.records else None
+        yield clocks.Step(
+            layer.name, function, carry, (x0, *rest), stack.layers, check, check_first
+        )
 
 
 # -- the command ------------------------------------------------------------------------------------------

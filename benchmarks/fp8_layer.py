@@ -214,7 +214,8 @@ def _ours(case: Case, program: Any, options: argparse.Namespace) -> Iterator[dic
     samples, facts = moe_layer.spans(run, options.executions)
     row = statistics_of(samples)
     yield {"clock": "span", "way": "donated"} | row | facts
-    samples = moe_layer.wall(run, lambda: jax.block_until_ready(held[0]), row["us"])
+    wait = lambda: jax.block_until_ready(held[0])  # noqa: E731
+    samples = timing.steady_steps(run, wait, row["us"], LAYERS)
     yield {"clock": "wall", "way": "donated"} | statistics_of(samples)
 
 
@@ -251,7 +252,8 @@ class _Theirs:
         row = statistics_of(taken.samples_us)
         facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
         yield {"clock": "span", "way": "graph"} | row | facts
-        samples = moe_layer.wall(graph.replay, torch.cuda.synchronize, row["us"])
+        wait = torch.cuda.synchronize
+        samples = timing.steady_steps(graph.replay, wait, row["us"], LAYERS)
         yield {"clock": "wall", "way": "graph"} | statistics_of(samples)
 
 

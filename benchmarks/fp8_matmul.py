@@ -1,12 +1,20 @@
-"""grouped_matmul and masked_grouped_matmul of e4m3 with block scales, beside bfloat16 and DeepGEMM.
+"""Grouped products of e4m3 with block scales, under jit and from PyTorch, beside bfloat16 and DeepGEMM.
 
 python -m benchmarks.fp8_matmul --out ROWS.jsonl [--deep-gemm FOLDER] [--variants]
 
 x has a float32 scale for each row and 128 columns, w one for each 128 x 128 (weights `[E, N, K]`); results
 are bfloat16. In the masked layout the mean rows are told, as DeepGEMM is told them. The bfloat16 products get
-the same values, dequantised and rounded. Before a time is taken, sampled rows are compared with NumPy's
-product of the dequantised operands by DeepGEMM's own rule. Clocks, counts and processes are those of
-`benchmarks.grouped_matmul`: ours inside one jit (device span), DeepGEMM in one CUDA graph.
+the same values, dequantised and rounded, in the blocks of `benchmarks.grouped_matmul`. Before a time is
+taken, sampled rows are compared with NumPy's product of the dequantised operands by DeepGEMM's own rule.
+Clocks, counts and processes are those of that benchmark: ours inside one jit (device span), DeepGEMM in one
+CUDA graph. "torch_bridge" is `torch_bridge.deep_gemm`: the same function, called with DeepGEMM's own tensors,
+in such a graph.
+
+With `--wall` a row also has the host's time of a call in steady steps after each other, of as many calls as
+take about 0.4 ms: under jit with the results of the step before donated, or a graph's replays.
+
+Beside the share of a long read's rate each line has the time of a plain read of the bytes that its product
+moves, out of memory, over the product's time: a short read does not reach that rate either.
 
 FOLDER holds the package `deep_gemm`, as `python -m benchmarks.fetch deep_gemm` leaves it in .peers (see
 benchmarks/deep_gemm_peer.py for what it needs); without the option it is left out. torch's
@@ -14,7 +22,9 @@ benchmarks/deep_gemm_peer.py for what it needs); without the option it is left o
 """
 
 import argparse
+import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +35,20 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import case_processes, children, deep_gemm_peer, timing  # noqa: E402
-from benchmarks.grouped_matmul import Size, line  # noqa: E402
+from benchmarks import (  # noqa: E402
+    case_processes,
+    children,
+    deep_gemm_peer,
+    grouped_matmul,
+    timing,
+)
+from benchmarks.grouped_matmul import Size  # noqa: E402
 from benchmarks.rows import reason_of  # noqa: E402
 
 _SAMPLED_ROWS = 24
 _BOUND = 1e-3  # of DeepGEMM's rule
 _MASKED_ROWS = 4096
+_STEP_US, _MOST_CALLS = 400, 32
 # DeepGEMM's own cases: (groups, mean rows), (N, K).
 _GROUPS = ((32, 192), (6, 1024), (32, 20), (6, 20))
 _WEIGHTS = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
@@ -45,6 +62,9 @@ SIZES = (
         for groups, mean in _GROUPS
         for n, k in _WEIGHTS
     ),
+    Size(8192, 7168, 4096, 8),
+    Size(8192, 2048, 7168, 8),
+    Size(6 * 1024, 7168, 6144, 6, max_rows=1024),  # full groups: all of exactly 1024 rows
 )
 
 
@@ -65,8 +85,10 @@ class Inputs:
 
         self.size = size
         rng = np.random.default_rng(0)
-        if size.max_rows:  # as DeepGEMM draws them
-            mean = size.rows // size.experts
+        mean = size.rows // size.experts
+        if mean == size.max_rows:
+            self.counts = np.full(size.experts, mean, np.int32)
+        elif size.max_rows:  # as DeepGEMM draws them
             self.counts = (mean * rng.uniform(0.7, 1.3, size.experts)).astype(np.int32)
         else:
             self.counts = np.bincount(size.expert_of_row(), minlength=size.experts).astype(np.int32)
@@ -111,6 +133,14 @@ class Inputs:
             for v, s in zip(values, scales, strict=True)
         ]
         return [rows(*x) for x in self.x], jnp.stack(w)
+
+    @property
+    def calls_of_step(self) -> int:
+        """Of a steady step, in whole turns of the inputs: so many that it takes about 0.4 ms or more, several
+        times what the host's launch takes, at rates that no product exceeds."""
+        us = max(self.flops / 1.5e9, self.bytes(1) / 4.5e6)
+        turns = min(_STEP_US / us, _MOST_CALLS) / len(self.x)
+        return max(1, math.ceil(turns)) * len(self.x)
 
     @property
     def flops(self) -> int:
@@ -204,32 +234,69 @@ def lower(call: Callable, given: Any, tiles: Any, **options: Any) -> Any:
         launch.config_for = usual
 
 
-def prepare_jax(inputs: Inputs, made: Any, executions: int, tiles: Any, pool: Executor) -> Callable:
-    """Compiles a program, in another thread. What is returned measures: (what is wrong, timing)."""
+def lower_step(call: Callable, xs: list[Any], w: Any, calls: int) -> Any:
+    """`step(outs, xs, w) -> outs`: so many calls, one after the other, over the inputs in turns."""
+    import jax
+
+    def step(outs, xs, w):
+        del outs  # donated: the results may stand where those of the step before stood
+        found: list[Any] = []
+        for i in range(calls):
+            x = xs[i % len(xs)]
+            if found:  # equal calls would be one otherwise
+                x, found[-1] = jax.lax.optimization_barrier((x, found[-1]))
+            found.append(call(x, w))
+        return found
+
+    outs = [jax.eval_shape(call, xs[0], w)] * calls
+    return jax.jit(step, donate_argnums=0, keep_unused=True).lower(outs, xs, w)
+
+
+def prepare_jax(
+    inputs: Inputs, made: Any, options: argparse.Namespace, tiles: Any, pool: Executor
+) -> Callable:
+    """Compiles a program, in another thread. Returns what measures it: (what is wrong, or "", the device's
+    timing, and with `--wall` that of steady steps, else None)."""
     call, xs, w, sampled = made
     given = [(x, w) for x in xs]
     compiling = pool.submit(lower(call, given, tiles).compile)
+    calls, steps = inputs.calls_of_step, None
+    if options.wall and tiles is None:
+        steps = pool.submit(lower_step(call, xs, w, calls).compile)
 
-    def measure() -> tuple[str, Any]:
+    def steady(step: Callable, us: float) -> timing.Timing:
+        import jax
+        import jax.numpy as jnp
+
+        out = jax.eval_shape(call, xs[0], w)
+        held = [[jnp.full(out.shape, jnp.nan, out.dtype) for _ in range(calls)]]
+
+        def run():
+            held[0] = step(held[0], xs, w)
+
+        samples = timing.steady_steps(run, lambda: jax.block_until_ready(held[0]), us, calls)
+        if wrong := inputs.wrong(sampled(held[0][0])):
+            raise ValueError(f"later: {wrong}")
+        return timing.Timing("wall_us", samples, calls)
+
+    def measure() -> tuple[str, Any, Any]:
         compiled = compiling.result()
         if wrong := inputs.wrong(sampled(compiled(given)[0])):
-            return wrong, None
-        return "", timing.time_jit_span(compiled, given, executions=executions)
+            return wrong, None, None
+        taken = timing.time_jit_span(compiled, given, executions=options.executions)
+        return "", taken, steps and steady(steps.result(), taken.percentile(50))
 
     return measure
 
 
-def prepare_deep_gemm(inputs: Inputs, folder: str, replays: int) -> Callable:
-    """DeepGEMM's masked kernel, or its contiguous one, whose blocks are of 128 rows."""
-    import functools
-
+def of_torch(inputs: Inputs) -> Any:
+    """(Function, arguments of each call, the sampled rows of a result), by DeepGEMM's names: of its masked
+    product, or of its contiguous one, whose blocks are of 128 rows."""
     import jax
     import jax.numpy as jnp
     import torch
 
     from torch_bridge import to_torch
-
-    deep_gemm = deep_gemm_peer.load(folder)
 
     def e4m3(values):  # DLPack knows no float8 in older releases of torch
         raw = jax.lax.bitcast_convert_type(values, jnp.uint8)
@@ -239,36 +306,58 @@ def prepare_deep_gemm(inputs: Inputs, folder: str, replays: int) -> Callable:
     if size.max_rows:
         _, xs, w, sampled = of_masked(inputs, e4m3=True)
         shape = (size.experts, size.max_rows, size.n)
-        counts = torch.from_numpy(inputs.counts).cuda()
-        multiply, mean = deep_gemm.m_grouped_fp8_gemm_nt_masked, size.rows // size.experts
-        more: tuple[Any, ...] = (counts, mean)
+        more: tuple[Any, ...] = (to_torch(jnp.asarray(inputs.counts)), size.rows // size.experts)
+        function = "m_grouped_fp8_gemm_nt_masked"
     else:
         source, expert = deep_gemm_peer.contiguous_layout(inputs.counts)
         xs = [(values[source], scales[source].T) for values, scales in inputs.x]
         w, shape = inputs.w, (len(source), size.n)
-        more = (torch.from_numpy(expert).cuda(),)
-        multiply = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+        more = (to_torch(jnp.asarray(expert)),)
+        function = "m_grouped_fp8_gemm_nt_contiguous"
         where = np.flatnonzero(expert >= 0)[inputs.sample]
 
         def sampled(out):
             return out[where]
 
-    weights = e4m3(w[0]), to_torch(w[1])
-    calls, outs = [], []
+    weights, calls = (e4m3(w[0]), to_torch(w[1])), []
     for values, scales in xs:
         # Columns of scales, seen as rows: what DeepGEMM calls MN-major, and reads where they lie.
         turned = to_torch(scales).transpose(-1, -2)
-        out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-        outs.append(out)
-        given = ((e4m3(values), turned), weights, out, *more)
-        calls.append(functools.partial(multiply, *given, disable_ue8m0_cast=True))
-    calls[0]()  # it is compiled
-    torch.cuda.synchronize()
+        out = torch.empty(shape, dtype=torch.bfloat16, device=turned.device)
+        calls.append(((e4m3(values), turned), weights, out, *more))
+    return function, calls, sampled
 
-    def measure() -> tuple[str, Any]:
-        if wrong := inputs.wrong(sampled(outs[0].float().cpu().numpy())):
-            return wrong, None
-        return "", timing.time_torch_graph(calls, replays=replays)
+
+def prepare_torch(
+    inputs: Inputs, made: Any, library: Any, options: argparse.Namespace, pool: Executor
+) -> Callable:
+    """Has a library that has DeepGEMM's functions compile, in another thread. Returns as `prepare_jax`."""
+    function, given, sampled = made
+    multiply = getattr(library, function)
+    calls = [functools.partial(multiply, *each, disable_ue8m0_cast=True) for each in given]
+    compiling = pool.submit(calls[0])
+
+    def wrong_now() -> str:
+        return inputs.wrong(sampled(given[0][2]).float().cpu().numpy())
+
+    def steady(us: float) -> timing.Timing:
+        import torch
+
+        many = calls * (inputs.calls_of_step // len(calls))
+        graph = timing.capture_torch(many)
+        samples = timing.steady_steps(graph.replay, torch.cuda.synchronize, us, len(many))
+        if wrong := wrong_now():
+            raise ValueError(f"later: {wrong}")
+        return timing.Timing("wall_us", samples, len(many))
+
+    def measure() -> tuple[str, Any, Any]:
+        compiling.result()
+        given[0][2].fill_(np.nan)  # other libraries have written it
+        calls[0]()
+        if wrong := wrong_now():
+            return wrong, None, None
+        taken = timing.time_torch_graph(calls, replays=options.replays)
+        return "", taken, steady(taken.percentile(50)) if options.wall else None
 
     return measure
 
@@ -320,16 +409,24 @@ def variants(size: Size) -> list[tuple[int, Any]]:
 
 
 def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
-    """By name: called with inputs and threads, what measures. Names that begin with e4m3 are ours."""
+    """By name: called with inputs and threads, what measures. Names with e4m3 are ours under jit."""
 
-    made: dict[Any, Any] = {}  # operands, which several tiles share
+    made: dict[Any, Any] = {}  # operands, which several tiles, or libraries, share
 
     def by_jax(make: Callable, *given: Any, tiles: Any = None, **more: Any) -> Callable:
         def prepare(inputs: Inputs, pool: Executor) -> Callable:
             key = (make, given, *more.items())
             if key not in made:
                 made[key] = make(inputs, *given, **more)
-            return prepare_jax(inputs, made[key], options.executions, tiles, pool)
+            return prepare_jax(inputs, made[key], options, tiles, pool)
+
+        return prepare
+
+    def by_torch(load: Callable[[], Any]) -> Callable:
+        def prepare(inputs: Inputs, pool: Executor) -> Callable:
+            if of_torch not in made:
+                made[of_torch] = of_torch(inputs)
+            return prepare_torch(inputs, made[of_torch], load(), options, pool)
 
         return prepare
 
@@ -344,9 +441,13 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     found[f"e4m3, {name}, scales by rows"] = by_jax(make, *given, e4m3=True, layout="row_major")
     if given and given != (128,):
         found["e4m3, blocks of 128"] = by_jax(make, 128, e4m3=True)
-    found["ours, bfloat16"] = by_jax(make, *(128,) * len(given), e4m3=False)
+    for block in grouped_matmul.blocks_of(size) if given else ():
+        found[f"ours, bfloat16, blocks of {block}"] = by_jax(make, block, e4m3=False)
+    if not given:
+        found["ours, bfloat16"] = by_jax(make, e4m3=False)
+    found["torch_bridge"] = by_torch(_torch_bridge)
     if options.deep_gemm:
-        found["DeepGEMM"] = lambda i, _: prepare_deep_gemm(i, options.deep_gemm, options.replays)
+        found["DeepGEMM"] = by_torch(lambda: deep_gemm_peer.load(options.deep_gemm))
     if options.variants:
         for block, tiles in sorted(variants(size), key=lambda v: (v[1].shares_weights, v[0])):
             more = (block,) if given else ()
@@ -361,6 +462,12 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Callable]:
     return {name: measure for name, measure in found.items() if is_wanted(name)}
 
 
+def _torch_bridge() -> Any:
+    from torch_bridge import deep_gemm
+
+    return deep_gemm
+
+
 def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Compiles everything, waits for its turn, and gives a row for each provider."""
     inputs = Inputs(size, options.calls)
@@ -372,21 +479,24 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
             except Exception as error:  # one that cannot be built leaves the others
                 work.append((provider, error))
     children.wait_for_turn()
-    rate = timing.read_rate()
+    rate, rate_of = timing.read_rate(), functools.cache(timing.read_rate)
     for provider, measure in work:
-        yield _row(inputs, provider, measure, rate)
+        yield _row(inputs, provider, measure, rate, rate_of)
 
 
-def _row(inputs: Inputs, provider: str, measure: Any, rate: float) -> dict[str, Any]:
+def _row(
+    inputs: Inputs, provider: str, measure: Any, rate: float, rate_of: Callable[[int], float]
+) -> dict[str, Any]:
+    """A row of the results; `rate`: GB/s of a long read; `rate_of(bytes)`: of one of so many."""
     size = inputs.size
     row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
     row |= {"rows_in_use": inputs.rows, "read_gbps": round(rate, 1)}
     try:
         if isinstance(measure, Exception):
             raise measure
-        wrong, taken = measure()
+        wrong, taken, steady = measure()
     except Exception as error:  # one provider's failure leaves the others their time
-        wrong, taken = reason_of(error), None
+        wrong, taken, steady = reason_of(error), None, None
     if taken is None:
         return row | {"status": "failed", "reason": wrong}
     us = taken.percentile(50)
@@ -395,19 +505,38 @@ def _row(inputs: Inputs, provider: str, measure: Any, rate: float) -> dict[str, 
     row |= {f"p{p}_us": round(taken.percentile(p), 2) for p in (20, 80)}
     row |= {"tflops": round(inputs.flops / us / 1e6, 1), "calls": taken.calls}
     row |= {"gbps": round(moved / us / 1e3, 1), "note": taken.note}
-    return row | {"of_read": round(row["gbps"] / rate, 3)}
+    row |= {"of_read": round(row["gbps"] / rate, 3)}
+    row |= {"same_read_us": round(moved / rate_of(moved) / 1e3, 2)}
+    if steady:
+        row |= {"wall_us": round(steady.percentile(50), 2), "calls_of_step": steady.calls}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as it is printed."""
+    text = grouped_matmul.line(row)
+    if "us" not in row:
+        return text
+    text += f", {row['same_read_us'] / row['us']:6.1%} of one of its {row['same_read_us']} us"
+    return text + (f", wall {row['wall_us']} us" if "wall_us" in row else "")
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """How many times as fast as each other provider our fastest is, per case."""
+    """How many times as fast as the others our fastest under jit is, and ours from PyTorch; of bfloat16 the
+    fastest is named."""
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = {r["provider"]: r["us"] for r in rows if r["case"] == case and "us" in r}
-        ours = {name: us for name, us in timed.items() if name.startswith("e4m3")}
-        if not ours:
-            continue
-        name, us = min(ours.items(), key=lambda item: item[1])
-        others = [f"{timed[n] / us:.3f}x {n} ({timed[n]:.1f})" for n in timed if n not in ours]
-        yield ", ".join([f"{case}: {name} {us:.1f} us", *others])
+        by_jit = [name for name in timed if name.startswith("e4m3")]
+        from_torch = [name for name in timed if name == "torch_bridge"]
+        others = [name for name in timed if name not in (*by_jit, *from_torch)]
+        wide = sorted((name for name in others if "bfloat16" in name), key=lambda n: timed[n])
+        others = [name for name in others if name not in wide[1:]]
+        for ours in (by_jit, from_torch):
+            if not ours:
+                continue
+            us, name = min((timed[name], name) for name in ours)
+            times = [f"{timed[n] / us:.3f}x {n} ({timed[n]:.1f})" for n in others]
+            yield ", ".join([f"{case}: {name} {us:.1f} us", *times])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -416,6 +545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sizes", default="", help="numbers of the sizes to run, e.g. 0,1,4")
     parser.add_argument("--variants", action="store_true", help="also other tiles of the kernel")
+    parser.add_argument("--wall", action="store_true", help="also the wall clock of steady steps")
     parser.add_argument("--deep-gemm", help="folder that holds the package deep_gemm")
     parser.add_argument(
         "--only",

@@ -401,7 +401,7 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Prepare]:
         found["ours, masked"] = by_jax(ours_masked)
     else:
         found["torch._grouped_mm"] = by_torch(measure_torch, "grouped")
-        for block in _blocks(size):
+        for block in blocks_of(size):
             found[f"ours, blocks of {block}"] = by_jax(ours_aligned, block)
         found["ours, ragged_dot"] = by_jax(ours_ragged)
         if options.jax_example:
@@ -427,7 +427,7 @@ def providers(size: Size, options: argparse.Namespace) -> dict[str, Prepare]:
     return {k: v for k, v in found.items() if not options.only or options.only in k}
 
 
-def _blocks(size: Size) -> list[int]:
+def blocks_of(size: Size) -> list[int]:
     """What the layer takes; a power of two, for which all libraries make alignments; two blocks of 144."""
     import moe_align_jax as maj
 

@@ -20,6 +20,7 @@ that hangs or dies in a case is started again behind it.
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import sys
 import tempfile
@@ -47,37 +48,10 @@ from benchmarks.rows import Writer, failed, statistics_of  # noqa: E402
 
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
-_TURNS = 2  # by the host's clock: forth and back
-_ROUNDS = 2  # of a turn
+_TURNS = 2  # by the host's clock: each of three follows each other
 
 
 # -- clocks --------------------------------------------------------------------------------------------
-
-
-def wall(run: Callable[[], Any], wait: Callable[[], Any], layer_us: float) -> list[float]:
-    """µs per layer of steady steps, by the host's clock: how much longer a round takes that has about 200 ms
-    of further steps.
-
-    What a round costs once is not a step's: with jax 0.6 to 1 ms, most of it in the first call behind a wait,
-    up to 0.5% of a round of 200 ms; with a CUDA graph of torch's 0.06 to 0.26 ms. As many steps run first,
-    untimed: those that reach the GPU's power limit settle at a clock of their own, whoever ran before.
-    """
-    steps = int(np.clip(200_000 / (LAYERS * max(layer_us, 1.0)), 3, 1500))
-    few = max(2, steps // 8)
-
-    def taken(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        wait()
-        return (time.perf_counter() - start) * 1e6
-
-    taken(steps)
-    samples = []
-    for _ in range(_ROUNDS):
-        short = taken(few)
-        samples.append((taken(few + steps) - short) / steps / LAYERS)
-    return samples
 
 
 def spans(run: Callable[[], Any], executions: int) -> tuple[list[float], dict[str, Any]]:
@@ -191,7 +165,7 @@ class Wall(NamedTuple):
         Raises:
             ValueError: the results are wrong.
         """
-        samples = wall(self.run, self.wait, self.layer_us)
+        samples = timing.steady_steps(self.run, self.wait, self.layer_us, LAYERS)
         if wrong := self.wrong():
             raise ValueError(f"later: {wrong}")
         return timing.Timing("wall_us", samples, LAYERS)
@@ -283,7 +257,8 @@ def measured_in_turns(
     """Rows of `(what they begin with, measure)`: spans as they come; then everybody's wall clock, in turns.
 
     In steps after each other long products reach the GPU's power limit, and the warmer it is, the lower is
-    its clock: whoever comes later would be slower.
+    its clock: whoever comes later would be slower. So each follows each other as often. The first one does
+    too: the steps of whoever is ahead of it in later rounds run before it, untimed.
     """
     walls: list[tuple[dict[str, Any], Wall]] = []
     for head, measure in work:
@@ -295,7 +270,12 @@ def measured_in_turns(
                     yield head | more
         except Exception as error:  # one provider's failure leaves the others their time
             yield head | failed(error)
-    for i, taken in timing.in_turns([each.time for _, each in walls], _TURNS):
+    if len(walls) > 1:
+        last = timing.behind_each_other(len(walls), _TURNS - 1)[-1]
+        with contextlib.suppress(Exception):  # its own turns say what is wrong
+            walls[last][1].time()
+    measures = [each.time for _, each in walls]
+    for i, taken in timing.in_turns(measures, _TURNS, order=timing.behind_each_other):
         head, each = walls[i]
         row = head | {"clock": "wall", "way": each.way}
         if isinstance(taken, Exception):

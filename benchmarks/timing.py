@@ -11,6 +11,10 @@ import numpy as np
 from moe_align_jax._cli import traces
 
 _READ_BYTES = 1 << 30
+_READ_ROWS = (1024, 4096, 16384)  # of a read's shapes, the fastest of which counts
+_READ_IN_TURN = 1 << 29  # bytes: far more than L2 holds
+_ROUNDS = 2  # of steady steps
+_WAIT_CYCLES = 200_000  # 0.1 ms, several times the host's time of a launch
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,31 @@ def time_torch_graph(calls: Sequence[Callable[[], None]], *, replays: int = 30) 
     return time_torch_graphs([(capture_torch(calls), len(calls))], replays=replays)[0]
 
 
-def read_rate() -> float:
-    """GB/s of a kernel that reads 1 GiB: sums of float32 rows, by torch."""
+def read_rate(size: int = _READ_BYTES) -> float:
+    """GB/s of a kernel that reads so many bytes: sums of float32 rows, by torch, the fastest of three shapes.
+
+    The calls of a CUDA graph read buffers in turn: of a short read so many that L2 holds none of them.
+    """
     import torch
 
-    shape = (4096, _READ_BYTES // 4 // 4096)
-    many = [torch.zeros(shape, device="cuda") for _ in range(2)]
-    outs = [torch.empty(shape[0], device="cuda") for _ in many]
-    calls: Any = [
-        functools.partial(torch.sum, x, 1, out=o) for x, o in zip(many, outs, strict=True)
-    ]
-    return _READ_BYTES / time_torch_graph(calls, replays=20).percentile(50) / 1e3
+    count = max(2, -(-_READ_IN_TURN // size))
+    buffers = [torch.zeros(size // 4, device="cuda") for _ in range(count)]
+    graphs, read = [], []
+    for rows in _READ_ROWS:
+        width = size // rows // 16 * 4  # whole vectors of 16 bytes
+        out = torch.empty(rows, device="cuda")
+        many = [buffer[: rows * width].view(rows, width) for buffer in buffers]
+        calls: Any = [functools.partial(torch.sum, x, 1, out=out) for x in many]
+        graphs.append((capture_torch(calls), count))
+        read.append(4 * rows * width)
+    taken = time_torch_graphs(graphs, replays=8)
+    return max(n / each.percentile(50) for n, each in zip(read, taken, strict=True)) / 1e3
 
 
 def time_torch_graphs(graphs: Sequence[tuple[Any, int]], *, replays: int) -> list[Timing]:
     """Times graphs of so many calls each. Of several the replays take turns, each behind one that is not
     timed: what disturbs the GPU for a few milliseconds costs each a sample, not one of them its median.
+    Of a single one each is behind a kernel that waits: the host's time of a launch is no part of it.
     Behind each the GPU rests as behind an execution under jit: without a rest long calls reach its power
     limit.
     """
@@ -92,6 +105,8 @@ def time_torch_graphs(graphs: Sequence[tuple[Any, int]], *, replays: int) -> lis
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if len(graphs) > 1:
                 graph.replay()
+            else:
+                torch.cuda._sleep(_WAIT_CYCLES)
             start.record()
             graph.replay()
             end.record()
@@ -153,23 +168,39 @@ def time_jit_spans_in_turns(
     return [found[i] for i in range(len(measures))]
 
 
+def forth_and_back(count: int, number: int) -> list[int]:
+    """The order of round `number`: every second one goes backward, so that each has the same mean place."""
+    return list(range(count))[:: 1 if number % 2 == 0 else -1]
+
+
+def behind_each_other(count: int, number: int) -> list[int]:
+    """The order of round `number`: in every second one the others of the first go backward.
+
+    Over two rounds, and the first of them again, each of three follows each other once and never itself:
+    0, 1, 2, 0, 2, 1, 0. Where the GPU's power bounds steps that follow each other without a pause, their
+    clock depends on who ran before.
+    """
+    first, *others = range(count)
+    return [first, *others[:: 1 if number % 2 == 0 else -1]]
+
+
 def in_turns(
     measures: Sequence[Callable[[], Timing]],
     rounds: int,
     *,
     told: Callable[[int, Timing], None] = lambda index, turn: None,
+    order: Callable[[int, int], Sequence[int]] = forth_and_back,
 ) -> Iterator[tuple[int, Timing | Exception]]:
     """(index, timing of all its rounds) of each measure, as the last of its rounds ends.
 
-    Every second round goes backward. Long products reach the GPU's power limit, which then lowers its clock:
-    whoever comes later is slower. Forth and back, each has the same mean place. A measure that fails has its
-    error instead, at once, and no further turn. `told`: called with each turn but the last ones.
+    Long products reach the GPU's power limit, which then lowers its clock: whoever comes later is slower. A
+    measure that fails has its error instead, at once, and no further turn. `told`: called with each turn but
+    the last ones. `order`: of the measures, by their number and that of the round.
     """
     turns: list[list[Timing]] = [[] for _ in measures]
     failed = set[int]()
     for number in range(rounds):
-        order = range(len(measures)) if number % 2 == 0 else reversed(range(len(measures)))
-        for i in order:
+        for i in order(len(measures), number):
             if i in failed:
                 continue
             try:
@@ -193,6 +224,40 @@ def _together(turns: Sequence[Timing]) -> Timing:
     first = kept[0]
     note = "; ".join(notes)
     return Timing(first.metric, samples, first.calls, note, first.kernels_per_call)
+
+
+def steady_steps(
+    run: Callable[[], Any], wait: Callable[[], Any], us: float, calls: int
+) -> list[float]:
+    """µs per call of steady steps, by the host's clock: how much longer a round takes that has about 200 ms
+    of further steps.
+
+    What a round costs once is not a step's: with jax 0.6 to 1 ms, most of it in the first call behind a wait,
+    up to 0.5% of a round of 200 ms; with a CUDA graph of torch's 0.06 to 0.26 ms. As many steps run first,
+    untimed: those that reach the GPU's power limit settle at a clock of their own, whoever ran before.
+
+    Args:
+        run: one step of so many calls.
+        wait: until the last one has ended.
+        us: about the time of a call.
+        calls: in a step.
+    """
+    steps = int(np.clip(200_000 / (calls * max(us, 1.0)), 3, 1500))
+    few = max(2, steps // 8)
+
+    def taken(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        wait()
+        return (time.perf_counter() - start) * 1e6
+
+    taken(steps)
+    samples = []
+    for _ in range(_ROUNDS):
+        short = taken(few)
+        samples.append((taken(few + steps) - short) / steps / calls)
+    return samples
 
 
 def time_wall(run: Callable[[], Any], *, calls: int, repeats: int = 10) -> Timing:

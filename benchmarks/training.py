@@ -238,7 +238,7 @@ def _problem(size: Product, rows: str, num_rows: int, gathered: bool) -> Any:
 def variants(size: Product) -> list[Any]:
     """Tiles of our kernels; None for the usual ones."""
     from moe_align_jax._grouped_matmul.config import Config
-    from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
+    from moe_align_jax._grouped_matmul.weight_gradient_tiles import Tiles
 
     if size.kind == "weight gradient":
         usual = Tiles(short=True)
@@ -254,7 +254,12 @@ def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
     import jax.numpy as jnp
 
     import moe_align_jax as maj
-    from moe_align_jax._grouped_matmul import launch, reference, weight_gradient_kernel
+    from moe_align_jax._grouped_matmul import (
+        launch,
+        reference,
+        weight_gradient_kernel,
+        weight_gradient_tiles,
+    )
     from moe_align_jax._grouped_matmul.problem import WeightGradient
 
     size = inputs.size
@@ -293,7 +298,7 @@ def ours(inputs: Inputs, many: bool) -> Iterator[tuple[str, Work]]:
     for tiles in choices:
         yield f"ours, blocks{named(tiles)}", work(layout, None, tiles, (in_blocks, right, *where))
     if gradient:
-        cut = weight_gradient_kernel.cutting(WeightGradient(layout))
+        cut = weight_gradient_tiles.cutting(WeightGradient(layout))
         if cut.pieces:
             made = work(layout, None, cut, (in_blocks, right, *where))
             yield "ours, blocks, hot experts cut", made

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import kernel, launch
+from moe_align_jax._grouped_matmul import epilogue, kernel, launch
 from moe_align_jax._grouped_matmul.config import Config, unsupported
 from moe_align_jax._grouped_matmul.problem import ActivationGradient
 from moe_align_jax._grouped_matmul.shape import shape_of
@@ -102,7 +102,7 @@ def build(
     return kernel.build(problem.product, config, interpret=interpret, ending=ending)
 
 
-def _ending(problem: ActivationGradient, config: Config, interpret: bool) -> kernel.Ending:
+def _ending(problem: ActivationGradient, config: Config, interpret: bool) -> epilogue.Ending:
     """What is made of a tile's sums: the gradient of gate and up, and a part of that of the row weights."""
     product = problem.product
     shape, piece = shape_of(product, config), 64 if interpret else PIECE
@@ -162,4 +162,4 @@ def _ending(problem: ActivationGradient, config: Config, interpret: bool) -> ker
             put(toward * up * (sigmoid + active * (1.0 - sigmoid)), toward_ref, start)
         parts_ref[tile.n, here] = total
 
-    return kernel.Ending("activation_gradient", 2, outputs, piece, _SLOTS, finish)
+    return epilogue.Ending("activation_gradient", 2, outputs, piece, _SLOTS, finish)

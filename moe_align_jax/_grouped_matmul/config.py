@@ -36,7 +36,8 @@ class Config(NamedTuple):
         computing: warpgroups that multiply. Three share 192 rows, of e4m3.
         split: CTAs of a cluster that share a tile, each with as many steps of k. Swapped tiles only.
         skips: a warpgroup none of whose rows are in use multiplies nothing. Form "m", e4m3. Of "blocks" it
-            is the second of two, if its first id tells that its rows hold no pair: nor are they loaded.
+            is the second of two, if its first id, or label, tells that its rows hold no pair: nor are they
+            loaded.
         sharing: CTAs of a cluster that load for each other what `shared` says; 0: no cluster. Each warpgroup
             says with one arrival, not one of every thread, that it has read a stage: a cluster of one is for
             that alone.
@@ -64,8 +65,9 @@ class Config(NamedTuple):
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
             that all CTAs take about as long for a tile, and remain at the same step.
         mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
-            blocks that has most of the experts run beside those of the other two (`kernel.mixed`): the former
-            wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always mixed.
+            blocks that has most of the experts run beside those of the other two (`tile_order.mixed`): the
+            former wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always
+            mixed.
         peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
             are zeroed. Of e4m3.
     """
@@ -258,8 +260,8 @@ def _no_heights_of_groups(problem: MatmulProblem, tiles: Config) -> str | None:
 
 def no_skips(problem: MatmulProblem, tiles: Config) -> str | None:
     """Why no warpgroup of a tile of blocks can be without a pair, or None."""
-    if problem.top_k or problem.whole_blocks or problem.row_labels:
-        return "rows are left out that lie in order, and whose ids tell pairs"
+    if problem.top_k or problem.whole_blocks and not problem.row_labels:
+        return "rows are left out that lie in order, and whose ids, or labels, tell padding"
     if not problem.scales or tiles.form != "m" or tiles.computing != 2:
         return "the second of two warpgroups that have rows of their own is left out, of e4m3"
     if tiles.bm != problem.block_size or not tiles.ahead or tiles.sharing:

@@ -116,8 +116,10 @@ def _rows(
         tokens = max(1, min(problem.num_tokens, pairs // problem.top_k))
         pairs = tokens * problem.top_k
     ids = np.full(rows, pairs, np.int32)
-    # The last row of a block holds no pair.
+    # The last row of a block holds no pair; of labels, of one block more rows.
     held = np.full(blocks, max(1, block - 1))
+    if problem.row_labels:
+        held[min(1, in_use - 1)] = min(5, block)
     if direct.tiles.heights and in_use == 3:
         # A run of two blocks is shared by tiles of the second height and the third; then the lowest.
         expert_ids[:in_use] = 0, 0, experts - 1
@@ -129,11 +131,11 @@ def _rows(
     else:
         ids[holds] = np.arange(holds.sum())
     arrays["sorted_token_ids"] = np.pad(ids, (0, direct.spare_rows), constant_values=-1)
-    labels = np.repeat(expert_ids, block)[:rows] if problem.row_labels else expert_ids
-    arrays["expert_ids"] = labels
+    of_rows = np.repeat(expert_ids, block)[:rows]
+    arrays["expert_ids"] = np.where(holds, of_rows, -1) if problem.row_labels else expert_ids
     arrays["num_tokens_post_padded"] = np.array([min(in_use * block, rows)], np.int32)
     sizes = {NUM_ROWS: rows, NUM_PAIRS: pairs}
-    return np.repeat(expert_ids, block)[:rows], np.flatnonzero(holds), sizes
+    return of_rows, np.flatnonzero(holds), sizes
 
 
 def _add_scales(

@@ -1,5 +1,6 @@
 """From float32 sums in registers to pieces of the result: bias, activation, row weights, zeros, rounding."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,27 @@ class Place(NamedTuple):
     column: jax.Array
     swap: bool
     pairs: Any = None
+
+
+class Ending(NamedTuple):
+    """What becomes of a tile's sums, in place of the epilogue.
+
+    Attributes:
+        name: of the kernel.
+        inputs: operands that stand in front of the problem's.
+        outputs: results that stand in front of the problem's.
+        piece: columns that are stored at a time.
+        slots: such pieces in shared memory, per warpgroup.
+        finish: called with (refs, sums, tile, place of the warpgroup's part, warpgroup). `refs.more` holds
+            inputs and outputs. It stores through `refs.o_tiles`.
+    """
+
+    name: str
+    inputs: int
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    piece: int
+    slots: int
+    finish: Callable[..., None]
 
 
 def num_pairs(problem: MatmulProblem, vectors: Vectors) -> jax.Array | int:

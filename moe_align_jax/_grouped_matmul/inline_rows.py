@@ -82,14 +82,7 @@ def find_rows(
         interpret: whether Pallas' interpreter runs it.
     """
     if interpret:
-
-        def one(r, found):
-            pair = ids_ref[start + r]
-            there = (pair >= 0) & (pair < num_pairs) & (start + r < end)
-            token = jnp.where(there, lax.div(pair, _I32(top_k)), -1)
-            return jnp.where(jnp.arange(rows) == r, token, found)
-
-        return lax.fori_loop(0, rows, one, jnp.full(rows, -1, _I32))
+        return _find_plainly(ids_ref, start, end, rows, top_k, num_pairs)
     count = -(-rows * CHUNKS_PER_ROW // THREADS)
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
@@ -188,17 +181,8 @@ def copy_rows(
     They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become zeros, as
     do columns that x does not have; `whole`: x has all columns that are ever asked for.
     """
-    if interpret:  # x has whole tiles of columns there
-        width = tile_ref.shape[-1]
-
-        def one(r, _):
-            token = found[r]
-            row = x_ref[jnp.maximum(token, 0), pl.ds(step * width, width)]
-            tile_ref[r, :] = jnp.where(token >= 0, row, jnp.zeros_like(row))
-            return ()
-
-        lax.fori_loop(0, rows, one, ())
-        return
+    if interpret:
+        return _copy_plainly(x_ref, tile_ref, found, step * tile_ref.shape[-1], rows)
     count = -(-rows * CHUNKS_PER_ROW // THREADS)
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
@@ -328,17 +312,7 @@ def find_wide_rows(
         interpret: whether Pallas' interpreter runs it.
     """
     if interpret:
-
-        def one(r, found):
-            row = first + r
-            there = row < end
-            if ids_ref is not None:
-                pair = ids_ref[row]
-                there = there & (pair >= 0) & (pair < num_pairs)
-                row = lax.div(pair, _I32(top_k))
-            return jnp.where(jnp.arange(rows) == r, jnp.where(there, row, -1), found)
-
-        return lax.fori_loop(0, rows, one, jnp.full(rows, -1, _I32))
+        return _find_plainly(ids_ref, first, end, rows, top_k, num_pairs)
     count = rows * per_row // THREADS
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
@@ -389,18 +363,9 @@ def copy_wide_rows(
     They are there after `commit_copies` and `wait_for_copies`. Rows that there are none of become
     zeros, and columns that the array does not have.
     """
-    if interpret:  # the array has whole tiles of columns there
-        width = tile_ref.shape[-1]
-        values = width // per_row
-
-        def one(r, _):
-            at = found[r]
-            row = ref[jnp.maximum(at, 0), pl.ds(chunk * values, width)]
-            tile_ref[r, :] = jnp.where(at >= 0, row, jnp.zeros_like(row))
-            return ()
-
-        lax.fori_loop(0, rows, one, ())
-        return
+    if interpret:
+        values = tile_ref.shape[-1] // per_row  # of a chunk
+        return _copy_plainly(ref, tile_ref, found, chunk * values, rows)
     count = rows * per_row // THREADS
     layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
@@ -422,3 +387,35 @@ def copy_wide_rows(
             _copy_async(target, global_address(memory, source, CHUNK_BYTES), there)
 
     emit(ref, tile_ref, found, chunk)
+
+
+# -- for the interpreter, which runs none of that --------------------------------------------------
+
+
+def _find_plainly(
+    ids_ref: Any, first: jax.Array, end: jax.Array, rows: int, top_k: int, num_pairs: Any
+) -> jax.Array:
+    """What `find_rows` and `find_wide_rows` say: the array's row of each row of a tile, or -1."""
+
+    def one(r, found):
+        row = first + r
+        there = row < end
+        if ids_ref is not None:
+            pair = ids_ref[row]
+            there = there & (pair >= 0) & (pair < num_pairs)
+            row = lax.div(pair, _I32(top_k))
+        return jnp.where(jnp.arange(rows) == r, jnp.where(there, row, -1), found)
+
+    return lax.fori_loop(0, rows, one, jnp.full(rows, -1, _I32))
+
+
+def _copy_plainly(ref: Any, tile_ref: Any, found: jax.Array, column: jax.Array, rows: int) -> None:
+    """What `copy_rows` and `copy_wide_rows` do, from a column on. The array has whole tiles there."""
+    width = tile_ref.shape[-1]
+
+    def one(r, _):
+        row = ref[jnp.maximum(found[r], 0), pl.ds(column, width)]
+        tile_ref[r, :] = jnp.where(found[r] >= 0, row, jnp.zeros_like(row))
+        return ()
+
+    lax.fori_loop(0, rows, one, ())

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_align_jax._core.fp8 import GROUPS_PER_WORD
-from moe_align_jax._grouped_matmul import inline, inline_rows, inline_scales
+from moe_align_jax._grouped_matmul import inline, inline_rows, inline_scales, memory
 from moe_align_jax._grouped_matmul.cluster_sum import AXIS
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
@@ -43,12 +43,11 @@ class Loader:
         problem: MatmulProblem,
         config: Config,
         shape: Shape,
-        x_like: tuple[Any, ...],
-        w_like: tuple[Any, ...],
         interpret: bool,
     ):
         self.problem, self.config, self.shape = problem, config, shape
-        self.x_like, self.w_like, self.interpret = x_like, w_like, interpret
+        likes = memory.likes_of(problem, config, shape)
+        self.x_like, self.w_like, self.interpret = likes.x, likes.weights, interpret
         self.item = jnp.dtype(problem.dtype).itemsize
         self.chunks = problem.k * self.item // inline.CHUNK_BYTES  # of a row of x
         # The interpreter's copies know no limits of TMA's.

@@ -89,7 +89,9 @@ class MatmulProblem(NamedTuple):
         consecutive: of "blocks": it is known that an expert's rows follow each other without a gap. They do,
             unless an expert map gives two experts one local id, or a caller made the alignment.
         row_labels: of "blocks": `expert_ids` is `[P]`, that of each row, of which the first of a block
-            counts; all rows are in use, and there is no `num_tokens_post_padded`. For a launch outside XLA.
+            counts; all rows are in use, and there is no `num_tokens_post_padded`. Pairs come first: behind a
+            row whose label is no expert's the kernel may take the block's rows for padding, and make them
+            zero. For a launch outside XLA.
         leaves_padding: with `zero_padding` False: the kernel may leave rows that hold no pair as they were.
             They may hold NaN then.
         precision: of the products, for "xla"; any value that `jax.lax.dot_general` takes.

@@ -60,6 +60,11 @@ class Shape(NamedTuple):
     out_by_rows: bool
     store_rows: int
 
+    @property
+    def by_copies(self) -> bool:
+        """Whether anything is loaded by cp.async."""
+        return self.x_by_rows or self.w_by_rows or self.scales_by_rows
+
 
 def shape_of(problem: MatmulProblem, config: Config) -> Shape:
     """The sizes that follow from a problem and its tiles."""
@@ -110,7 +115,7 @@ def shape_of(problem: MatmulProblem, config: Config) -> Shape:
             or store_rows
             or (config.cuts and problem.rows == "blocks")
             or (parts > 1 and not problem.whole_blocks)
-            or (blocks and config.skips)
+            or (blocks and config.skips and not problem.row_labels)
         ),
         (problem.top_k > 0 and not of_token) or problem.k % row != 0,
         of_token,

@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 from moe_align_jax._core.hopper import MAX_SHARED_BYTES, NUM_SMS
-from moe_align_jax._grouped_matmul import choose_tiles
-from moe_align_jax._grouped_matmul import config as products
+from moe_align_jax._grouped_matmul import choose_tiles, config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, TokenSum
 
 WEIGHT_ROWS = 64  # wgmma's: columns of the result times pairs
@@ -54,7 +53,7 @@ class Tiles(NamedTuple):
 def unsupported(problem: TokenSum) -> str | None:
     """Why the kernel does not take this problem, or None."""
     product = problem.product
-    if reason := products.unsupported(product):
+    if reason := config.unsupported(product):
         return reason
     if product.scales or product.row_weights or product.top_k or product.weights.activation:
         return "the sum of a token's pairs is of rows as they are, without scales"

@@ -25,8 +25,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import inline_sums, kernel
+from moe_align_jax._grouped_matmul import inline_sums, memory
 from moe_align_jax._grouped_matmul.problem import TokenSum
+from moe_align_jax._grouped_matmul.products import accumulator
 from moe_align_jax._grouped_matmul.token_sum_config import (
     WEIGHT_ROWS,
     X_ROWS,
@@ -152,7 +153,7 @@ def build(problem: TokenSum, tiles: Tiles, *, interpret: bool = False) -> Callab
                 plgpu.barrier_arrive(refs.empty.at[slot_of(ring + (k_steps + stages - 1))])
                 return acc[...]
 
-            return pl.run_scoped(scope, kernel.accumulator((WEIGHT_ROWS, X_ROWS), _F32))
+            return pl.run_scoped(scope, accumulator((WEIGHT_ROWS, X_ROWS), _F32))
 
         def compute():
             for stage in range(stages):
@@ -210,12 +211,12 @@ def build(problem: TokenSum, tiles: Tiles, *, interpret: bool = False) -> Callab
         lax.cond(warpgroup < 1, compute, load)
 
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
-    w_like = kernel.transforms(w_tile[1], dtype)
+    w_like = memory.transforms(w_tile[1], dtype)
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(problem.out_shape, jnp.dtype(problem.out_dtype)),
         scratch_types=[
-            kernel.views((stages, k_parts, X_ROWS, _WIDTH), dtype, interpret),
+            memory.views((stages, k_parts, X_ROWS, _WIDTH), dtype, interpret),
             plgpu.SMEM((stages, *w_tile), dtype, transforms=w_like),
             plgpu.Barrier(num_arrivals=k_parts + together, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),

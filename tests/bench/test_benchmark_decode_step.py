@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moe_align_jax as maj
 from benchmarks import decode_step
 from benchmarks import rows as rows_of
 
@@ -44,7 +45,8 @@ def reference_by_numpy(stack, x0):
 def test_the_reference_is_what_numpy_computes_and_finds_what_is_not(mesh):
     stack = decode_step.Stack(mesh, MODEL, "bf16", layers=2, sets=2)
     step = next(decode_step.steps_of(stack, 4, None, "cpu", ("ours",)))
-    x0 = step.carry
+    x0, load = step.carry
+    assert load is None
     added, counts = stack.reference(x0)
     assert decode_step.difference(added, reference_by_numpy(stack, x0)) < 1e-3
     assert np.asarray(counts).sum(1).tolist() == [8 * MODEL.top_k] * 2
@@ -55,7 +57,21 @@ def test_the_reference_is_what_numpy_computes_and_finds_what_is_not(mesh):
             (step.check, "of what they should"),
         ):
             with pytest.raises(AssertionError, match=text) if fails else contextlib.nullcontext():
-                check(x)
+                check((x, None))
+
+
+def test_the_load_of_a_step_is_recorded_and_held_to_its_ids(mesh):
+    stack = decode_step.Stack(mesh, MODEL, "fp8", layers=2, sets=2)
+    name = "ours, all_to_all, load recorded"
+    [step] = decode_step.steps_of(stack, 4, None, "cpu", (name,))
+    x, load = jax.jit(step.function)(step.carry, *step.rest)
+    step.check_first((x, load))
+    step.check((x, load))
+    recorded = maj.collect_expert_load(load).logical_count
+    assert recorded.shape == (1, 2, MODEL.experts)
+    assert recorded.sum((0, 2)).tolist() == [8 * MODEL.top_k] * 2
+    with pytest.raises(AssertionError, match="other counts than those of the ids"):
+        step.check((x, stack.load()))
 
 
 def test_rows_and_what_communication_costs(tmp_path, capsys):
@@ -64,7 +80,7 @@ def test_rows_and_what_communication_costs(tmp_path, capsys):
     given += ["--layers", "1", "--devices", "2", "--quick", "--providers", "ours;no communication"]
     assert decode_step.main([*given, "--output", str(out), "--commit", "x"]) == 0
     rows = rows_of.read([out])
-    assert len(rows) == 2 * 3 and all(row["us"] > 0 and row["sets"] == 2 for row in rows)
+    assert len(rows) == 3 * 3 and all(row["us"] > 0 and row["sets"] == 2 for row in rows)
     told = capsys.readouterr().out
     assert "tiny fp8 3, donated: µs a layer beyond" in told and "ours, all_to_all" in told
 

@@ -1,11 +1,12 @@
 """benchmarks/fp8_matmul.py: its cases, its check of a result, its ratios. Nothing is timed."""
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from benchmarks import deep_gemm_peer
+from benchmarks import deep_gemm_peer, grouped_matmul, timing
 from benchmarks import fp8_matmul as bench
 from benchmarks.grouped_matmul import Size
 from moe_align_jax._grouped_matmul import launch
@@ -34,6 +35,110 @@ def test_ours_is_right_and_a_wrong_row_is_seen(size, layout, monkeypatch):
         assert "difference nan" in inputs.wrong(np.full_like(rows, np.nan))
 
 
+@pytest.mark.parametrize("size", [SMALL, MASKED])
+def test_a_library_with_deep_gemms_functions_gets_its_tensors(size, monkeypatch):
+    """Here torch_bridge, by jax on the CPU; and one whose result is wrong in one column."""
+    torch = pytest.importorskip("torch")
+    deep_gemm, inputs = bench._torch_bridge(), bench.Inputs(size, 2)
+    function, given, sampled = made = bench.of_torch(inputs)
+    assert function.endswith("masked" if size.max_rows else "contiguous") and len(given) == 2
+    (_, scales), _, _, layout, *expected = given[1]
+    assert scales.stride(-2) == 1 and layout.dtype == torch.int32
+    assert expected == ([size.rows // size.experts] if size.max_rows else [])
+    timed = []
+    monkeypatch.setattr(
+        timing, "time_torch_graph", lambda calls, replays: timed.append((len(calls), replays))
+    )
+    options = argparse.Namespace(replays=7, wall=False)
+
+    class Wrong:
+        @staticmethod
+        def multiply(*given, **options):
+            getattr(deep_gemm, function)(*given, **options)
+            given[2][..., 5] += 1
+
+    setattr(Wrong, function, Wrong.multiply)
+    with ThreadPoolExecutor(1) as pool:
+        measure, fails = (
+            bench.prepare_torch(inputs, made, library, options, pool)
+            for library in (deep_gemm, Wrong)
+        )
+    assert measure() == ("", None, None) and timed == [(2, 7)]
+    assert "difference" in fails()[0] and len(timed) == 1
+
+
+@pytest.mark.parametrize("size", [SMALL, MASKED])
+def test_steady_steps_make_their_calls_one_after_the_other(size, monkeypatch):
+    """Under jit and in a graph; a step's results are those that are compared at its end."""
+    from moe_align_jax._grouped_matmul import primitive
+
+    monkeypatch.setattr(primitive, "choose", lambda *_: "xla")
+    monkeypatch.setattr(bench, "_MOST_CALLS", 4)
+    inputs = bench.Inputs(size, 2)
+    assert inputs.calls_of_step == 4
+    make = bench.of_masked if size.max_rows else bench.of_blocks
+    made = call, xs, w, sampled = make(inputs, *(() if size.max_rows else (16,)), e4m3=True)
+    step = bench.lower_step(call, xs, w, 4).compile()
+    outs = step([call(x, w) * np.nan for x in (*xs, *xs)], xs, w)
+    assert inputs.wrong(sampled(outs[0])) == "" == inputs.wrong(sampled(outs[2]))
+    assert inputs.wrong(sampled(outs[1])) and (outs[1] == outs[3]).all()
+    taken = timing.Timing("span_us", [50.0])
+    monkeypatch.setattr(timing, "time_jit_span", lambda *_, executions: taken)
+    monkeypatch.setattr(timing, "time_torch_graph", lambda *_, replays: taken)
+    monkeypatch.setattr(timing, "capture_torch", lambda calls: captured.extend(calls) or Graph)
+
+    class Graph:
+        @staticmethod
+        def replay():
+            for each in captured:
+                each()
+
+    captured, given = [], []
+
+    def steady_steps(run, wait, us, calls):
+        run()
+        run()
+        given.append((us, calls))
+        return [7.0]
+
+    monkeypatch.setattr(timing, "steady_steps", steady_steps)
+    options = argparse.Namespace(executions=1, replays=1, wall=True)
+    with ThreadPoolExecutor(1) as pool:
+        of_torch = bench.of_torch(inputs)
+        measures = [
+            bench.prepare_jax(inputs, made, options, None, pool),
+            bench.prepare_torch(inputs, of_torch, bench._torch_bridge(), options, pool),
+        ]
+    for measure in measures:
+        answer = measure()
+        assert answer == ("", taken, timing.Timing("wall_us", [7.0], 4))
+        row = bench._row(inputs, "e4m3", lambda answer=answer: answer, 4.0, lambda size: 2.0)
+        assert row["wall_us"] == 7.0 and "wall 7.0 us" in bench.line(row)
+    assert given == [(50.0, 4)] * 2 and len(captured) == 4
+
+
+def test_full_groups_have_exactly_all_rows():
+    inputs = bench.Inputs(Size(32, 128, 64, 2, max_rows=16), 1)
+    assert inputs.counts.tolist() == [16, 16]
+
+
+def test_a_row_says_how_long_its_bytes_are_read():
+    inputs = bench.Inputs(SMALL, 1)
+    asked = []
+
+    def rate_of(size):
+        asked.append(size)
+        return 2.0
+
+    measure = lambda: ("", timing.Timing("graph_us", [50.0]), None)  # noqa: E731
+    row = bench._row(inputs, "ours, bfloat16", measure, 4.0, rate_of)
+    assert asked == [inputs.bytes(2)] and row["same_read_us"] == round(inputs.bytes(2) / 2e3, 2)
+    share = inputs.bytes(2) / 2e3 / 50
+    assert f"{row['of_read']:.1%} of a read, {share:.1%} of one of its" in bench.line(row)
+    failed = bench._row(inputs, "torch_bridge", ValueError("no"), 4.0, rate_of)
+    assert "failed: " in bench.line(failed) and len(asked) == 1
+
+
 def test_counts_of_bytes_and_operations():
     inputs = bench.Inputs(SMALL, 1)
     assert inputs.flops == 2 * 40 * 256 * 128
@@ -42,10 +147,13 @@ def test_counts_of_bytes_and_operations():
 
 
 def test_every_variant_has_a_provider_and_fits_its_block():
-    assert len(bench.SIZES) == 3 + 16
+    assert len(bench.SIZES) == 3 + 16 + 3
     for size in bench.SIZES:
         names = bench.providers(size, OPTIONS)
-        assert {"ours, bfloat16", "DeepGEMM"} <= set(names)
+        assert {"torch_bridge", "DeepGEMM"} <= set(names)
+        blocks = [] if size.max_rows else grouped_matmul.blocks_of(size)
+        wide = [f"ours, bfloat16, blocks of {block}" for block in blocks] or ["ours, bfloat16"]
+        assert [name for name in names if "bfloat16" in name] == wide
         for block, tiles in bench.variants(size):
             assert f"e4m3, {tiles.name}" in names and block % tiles.bm == 0
 
@@ -76,13 +184,19 @@ def test_deep_gemm_is_named_where_it_is_not(tmp_path):
         deep_gemm_peer.load(str(tmp_path))
 
 
-def test_ratios_name_every_other_provider():
+def test_ratios_name_every_other_provider_for_jit_and_for_torch():
     rows = [
         {"case": "c", "provider": "e4m3, masked", "us": 50.0},
         {"case": "c", "provider": "e4m3, other", "us": 40.0},
+        {"case": "c", "provider": "ours, bfloat16, blocks of 176", "us": 70.0},
         {"case": "c", "provider": "ours, bfloat16", "us": 60.0},
+        {"case": "c", "provider": "torch_bridge", "us": 19.0},
         {"case": "c", "provider": "DeepGEMM", "us": 38.0},
         {"case": "c", "provider": "broken", "reason": "wrong"},
     ]
-    [text] = bench.ratios(rows)
-    assert text == "c: e4m3, other 40.0 us, 1.500x ours, bfloat16 (60.0), 0.950x DeepGEMM (38.0)"
+    by_jit, from_torch = bench.ratios(rows)
+    assert (
+        from_torch
+        == "c: torch_bridge 19.0 us, 3.158x ours, bfloat16 (60.0), 2.000x DeepGEMM (38.0)"
+    )
+    assert by_jit == "c: e4m3, other 40.0 us, 1.500x ours, bfloat16 (60.0), 0.950x DeepGEMM (38.0)"

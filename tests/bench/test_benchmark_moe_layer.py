@@ -1,6 +1,7 @@
 """benchmarks.moe_layer: what it holds results to, how it tells them, and vLLM's files as it reads them."""
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_ours_is_held_to_products_in_float32(sets, tokens):
 def test_wall_clock_leaves_out_what_a_round_costs_once(monkeypatch):
     """Steps of 4 layers of 500 us, 1 ms behind each wait, and a first round that the GPU is slow in."""
     now, waited, rounds = [0.0], [True], [0]
-    monkeypatch.setattr(moe_layer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(moe_layer.timing.time, "perf_counter", lambda: now[0])
 
     def run():
         now[0] += (0.002 if rounds[0] else 0.003) + (0.001 if waited[0] else 0)
@@ -80,14 +81,14 @@ def test_wall_clock_leaves_out_what_a_round_costs_once(monkeypatch):
         waited[0] = True
         rounds[0] += 1
 
-    samples = moe_layer.wall(run, wait, 510.0)
+    samples = moe_layer.timing.steady_steps(run, wait, 510.0, 4)
     np.testing.assert_allclose(samples, 500.0)
     assert rounds[0] == 1 + 2 * len(samples)
     assert now[0] > 0.2 * len(samples)
 
 
 def test_everybody_takes_turns_by_the_wall_clock(monkeypatch):
-    monkeypatch.setattr(moe_layer, "wall", lambda run, wait, us: [run()])
+    monkeypatch.setattr(moe_layer.timing, "steady_steps", lambda run, wait, us, calls: [run()])
     order = []
 
     def measure(name, wrong=""):
@@ -99,10 +100,24 @@ def test_everybody_takes_turns_by_the_wall_clock(monkeypatch):
     work.append(({"provider": "c"}, lambda: measure("c", "not right")))
     rows = list(moe_layer.measured_in_turns(work))
     assert [row["clock"] for row in rows[:3]] == ["span"] * 3
-    assert order == ["a", "b", "c", "b", "a"]
+    assert order == ["b", "a", "b", "c", "a", "b"]  # the first b is not timed; c was wrong
     found = {row["provider"]: row for row in rows[3:]}
-    assert found["a"]["us"] == 3.0 and found["b"]["us"] == 3.0  # of 1 and 5, of 2 and 4
+    assert found["a"]["us"] == 3.5 and found["b"]["us"] == 4.5  # of 2 and 5, of 3 and 6
     assert found["c"]["status"] == "failed" and "later: not right" in found["c"]["reason"]
+
+
+def test_each_of_three_follows_each_other_by_the_wall_clock(monkeypatch):
+    monkeypatch.setattr(moe_layer.timing, "steady_steps", lambda run, wait, us, calls: [run()])
+    order = []
+
+    def measure(name):
+        yield moe_layer.Wall(name, lambda: order.append(name) or 1.0, lambda: None, 1.0, lambda: "")
+
+    work = [({"provider": name}, lambda name=name: measure(name)) for name in "abc"]
+    rows = list(moe_layer.measured_in_turns(work))
+    assert [row["samples"] for row in rows] == [2] * 3
+    pairs = list(itertools.pairwise(order))
+    assert sorted(pairs) == sorted(itertools.permutations("abc", 2))
 
 
 def test_routing_draws_distinct_experts_and_shares():

@@ -321,10 +321,41 @@ def test_replays_rest_as_long_as_executions_under_jit(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: told.append("busy"))
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: told.append(seconds))
+    timed = "event", "replay", "event", "wait", traces.REST_S
     [taken] = timing.time_torch_graphs([(Graph(), 4)], replays=2)
     assert taken.samples_us == [750.0, 750.0]
-    assert told == ["wait", *["event", "replay", "event", "wait", traces.REST_S] * 2]
+    # The GPU is busy while the host launches the replay, which is timed from its own begin on.
+    assert told == ["wait", *["busy", *timed] * 2]
+    told.clear()
+    timing.time_torch_graphs([(Graph(), 4), (Graph(), 4)], replays=1)
+    assert told == ["wait", *["replay", *timed] * 2]
+
+
+@pytest.mark.parametrize("size", [1 << 30, 53_000_000])
+def test_a_read_is_of_memory_and_its_fastest_shape_counts(size, monkeypatch):
+    torch = pytest.importorskip("torch")
+    empty, captured = torch.empty, []
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(torch, name, lambda n, device: empty(n, device="meta"))
+    monkeypatch.setattr(timing, "capture_torch", lambda calls: captured.append(calls))
+
+    def taken(graphs, replays):
+        return [timing.Timing("graph_us", [us]) for us in (300.0, 200.0, 400.0)]
+
+    monkeypatch.setattr(timing, "time_torch_graphs", taken)
+    rate = timing.read_rate(size)
+    for calls in captured:
+        arrays = [call.args[0] for call in calls]
+        assert all(x.is_contiguous() and 0.97 * size < x.nbytes <= size for x in arrays)
+        assert len({id(x._base) for x in arrays}) == len(arrays) >= 2
+        assert sum(x.nbytes for x in arrays) > 450e6  # H200: 50 MB of L2
+        assert all(
+            call.args[1] == 1 and call.keywords["out"].numel() == len(call.args[0])
+            for call in calls
+        )
+    assert rate == pytest.approx(captured[1][0].args[0].nbytes / 200 / 1e3) and len(captured) == 3
 
 
 def test_span_without_a_gpu_is_wall_time_and_says_so():

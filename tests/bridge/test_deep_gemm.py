@@ -167,6 +167,27 @@ def test_contiguous(layout, device):
     check(d[torch.from_numpy(real).to(device)], want)
 
 
+@everywhere(["layout", "rows"], [["mn-major", 0], ["row-major", 40], ["packed", 100]], [])
+def test_halves_of_blocks_without_rows(layout, rows, device):
+    """Groups of every number of rows around 64, in tiles whose second half may be left out; a last block of
+    so many rows. Rows of padding are NaN, and of d written or not: none is read for another."""
+    counts, n, k = (1, 63, 64, 65, 128, 0, 129, 127, 192), 384, 1024
+    rng = np.random.default_rng(14)
+    group = labels(counts, 128)[: sum(-(-count // 128) for count in counts) * 128 + rows]
+    group[len(group) - rows :] = len(counts) - 1
+    a, wide_a = make_a(rng, layout, len(group), k=k, padding=group < 0)
+    b, wide_b = make_b(rng, len(counts), n, k)
+    d = torch.full((len(group), n), 7.0, dtype=torch.bfloat16, device=device)
+    given = *to(device, (a, b)), d, to(device, torch.from_numpy(group))
+    call = calls.checked("f", calls.CONTIGUOUS, *given[0], *given[1], d, given[3], 128, 0)
+    assert direct.program_problem(call.problem, "NVIDIA H200").tiles.skips
+    for _ in range(2):
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*given)
+    real = group >= 0
+    want = np.einsum("mk,mnk->mn", wide_a[real], wide_b[group[real]], optimize=True)
+    check(d[torch.from_numpy(real).to(device)], want)
+
+
 @everywhere(["alignment"], [[128], [64], [192]], [[128]])
 def test_ends_of_groups(alignment, device):
     deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)

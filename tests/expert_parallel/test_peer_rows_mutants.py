@@ -9,7 +9,15 @@ import pytest
 
 from moe_align_jax._simt.language import Devices
 from tests.expert_parallel import test_peer_rows as suite
-from tests.simt.mutants import BLOCK_SYNC, NVLINK, Mutant, markers, mutated
+from tests.simt.mutants import (
+    BLOCK_SYNC,
+    COUNTED_PAIRS,
+    MISCOUNTED,
+    NVLINK,
+    Mutant,
+    markers,
+    mutated,
+)
 
 PACKAGE = NVLINK
 
@@ -34,11 +42,7 @@ MUTANTS = (
         "t.store(t.remote(r.local_weights, rank), at, weight)",
         kills="wrong",
     ),
-    _mutant(
-        "a pair is counted before itself",
-        "total = total + t.select(one.eq(expert) & (before >= k), 1, 0)",
-        kills="wrong",
-    ),
+    MISCOUNTED,
     _mutant("a warp's counts are those of the first warp", "t.store(self.r.totals, number, total)"),
     _mutant(
         "a row past the box's room is written",
@@ -64,7 +68,7 @@ MUTANTS = (
 
 
 def test_every_marker_has_its_mutant():
-    assert {(m.module, m.name) for m in MUTANTS} == markers(PACKAGE)
+    assert {(m.module, m.name) for m in MUTANTS} == markers(PACKAGE) | markers(COUNTED_PAIRS)
 
 
 def check(monkeypatch) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_align_jax._grouped_matmul import choose_tiles, found_groups, kernel, launch, reference
+from moe_align_jax._grouped_matmul import choose_tiles, found_groups, launch, reference, tile_order
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
 from tests.matmul.found import by_ctas
@@ -157,14 +157,14 @@ def test_blocks_are_mixed_where_experts_are_sorted(case, group):
     if case == "no expert":
         experts[:] = -1
     count, read = len(experts), jnp.asarray(experts)
-    known = kernel.mixing(group, read, num_experts, jnp.int32(count))
+    known = tile_order.mixing(group, read, num_experts, jnp.int32(count))
     places = jnp.arange(count * n_tiles, dtype=jnp.int32)
     rows, columns = jax.vmap(
-        lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles, known)
+        lambda t: tile_order.in_groups(group, t, jnp.int32(count), n_tiles, known)
     )(places)
     every = [(row, n) for row in range(count) for n in range(n_tiles)]
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == every
-    plain, _ = jax.vmap(lambda t: kernel.in_groups(group, t, jnp.int32(count), n_tiles))(places)
+    plain, _ = jax.vmap(lambda t: tile_order.in_groups(group, t, jnp.int32(count), n_tiles))(places)
     assert (rows.tolist() == plain.tolist()) == (case not in SORTED)
     if case in SORTED:  # at no time are all tiles of experts with one block
         singles = np.flatnonzero(np.array(held) == 1)
@@ -183,8 +183,8 @@ def test_products_of_mixed_blocks_in_the_interpreter(group, monkeypatch):
     where = test_heights.made(144, 12, held)
     problem = test_heights.problem_of(where, 144, 12, 64, 128)
     config = FOUND._replace(group=group, mixes=True)
-    asked, mixed = [], kernel.mixed
-    monkeypatch.setattr(kernel, "mixed", lambda known, at: asked.append(at) or mixed(known, at))
+    asked, mixed = [], tile_order.mixed
+    monkeypatch.setattr(tile_order, "mixed", lambda known, at: asked.append(at) or mixed(known, at))
     with jax.default_device(jax.devices("cpu")[0]):
         test_heights.check(where, problem, config, interpret=True)
     assert asked

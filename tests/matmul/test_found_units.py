@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_align_jax._grouped_matmul import config as tiles
-from moe_align_jax._grouped_matmul import found_masked, kernel
+from moe_align_jax._grouped_matmul import cta_tiles, found_masked, kernel
 from moe_align_jax._grouped_matmul.problem import E4M3, MatmulProblem, Scales, Weights
 from moe_align_jax._grouped_matmul.shape import shape_of
 from tests.matmul.found import by_ctas
@@ -125,7 +125,7 @@ def test_both_ctas_of_a_cluster_have_their_tiles(n_tiles, config):
     units = jnp.array([(*unit, 0) for unit in wanted(counts, config, n_tiles)], jnp.int32)
     seen = []
     for rank in range(2):
-        tiles_of = [kernel._tile_of_unit(problem, config, shape, unit, rank) for unit in units]
+        tiles_of = [cta_tiles.tile_of_unit(problem, config, shape, unit, rank) for unit in units]
         valid = [tile for tile in tiles_of if tile.valid]
         seen += [(int(tile.row), int(tile.n)) for tile in valid if tile.n < n_tiles]
         for tile in valid:

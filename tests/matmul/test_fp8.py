@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
 import moe_align_jax as maj
-from moe_align_jax._grouped_matmul import choose_tiles, kernel, launch
+from moe_align_jax._grouped_matmul import choose_tiles, kernel, launch, stores
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, Weights
@@ -712,6 +712,16 @@ def test_halves_of_tiles_without_pairs_are_left_out(layout, monkeypatch):
     assert empty.sum() == 5  # of the tiles with 1, 63 and 64 pairs, and both of no expert
     assert not (halves[empty] & 0x7FFF).any()
     assert np.isnan(halves[~empty].view(jnp.bfloat16).astype(np.float32)).any()
+    # By rows' labels: of all rows of the result, -1 where one holds no pair.
+    *arrays, _, experts, _ = operands
+    every = np.zeros(problem.num_rows, bool)
+    every[: len(holds)] = holds
+    labels = np.where(every, np.repeat(experts, 128)[: problem.num_rows], -1)
+    operands = *arrays, jnp.asarray(labels, jnp.int32)
+    labelled = {"zero_padding": False, "whole_blocks": True, "row_labels": True, "all_rows": True}
+    assert (run(HALVES, **labelled) == loose).all()
+    whole = run(HALVES._replace(skips=False), **labelled)
+    assert (whole[holds] == found[holds]).all() and (whole != loose)[~holds].any()
 
 
 def test_halves_are_left_out_of_tiles_that_can_do_without():
@@ -720,12 +730,12 @@ def test_halves_are_left_out_of_tiles_that_can_do_without():
     sizes = {"num_rows": 4096, "k": 1024, "n": 192, "num_experts": 8, "block_size": 128}
     given = sizes | lie | {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"}
     problem = MatmulProblem("test", "blocks", **given)
-    assert not tiles.refused(problem, HALVES)
+    for changes in ({}, {"whole_blocks": True, "row_labels": True}):
+        assert not tiles.refused(problem._replace(**changes), HALVES)
     tall = TALL._replace(ahead=True, skips=True)
     for changes, config, reason in [
         ({"num_tokens": 2048, "top_k": 2}, HALVES, "in order"),
-        ({"whole_blocks": True}, HALVES, "ids tell pairs"),
-        ({"whole_blocks": True, "row_labels": True}, HALVES, "ids tell pairs"),
+        ({"whole_blocks": True}, HALVES, "ids, or labels, tell padding"),
         ({"block_size": 192}, tall, "second of two warpgroups"),
         ({}, N._replace(skips=True, ahead=True, bm=128), "second of two warpgroups"),
         ({"block_size": 256}, HALVES, "that are a block"),
@@ -748,7 +758,7 @@ def test_pieces_in_shared_memory_divide_those_of_a_tile():
         columns = shape.columns // (1 if config.form == "m" else config.computing)
         pieces = columns // shape.piece * (shape.wm // 64)
         if config.form != "swap":
-            assert pieces % kernel._slots(config, shape) == 0, config
+            assert pieces % stores.slots_of(config, shape) == 0, config
 
 
 def test_the_emulator_by_its_name():

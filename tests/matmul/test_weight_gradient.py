@@ -13,9 +13,32 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
-from moe_align_jax._grouped_matmul import launch, reference, weight_gradient
+from moe_align_jax._grouped_matmul import (
+    inline_wgmma,
+    launch,
+    reference,
+    weight_gradient,
+    weight_gradient_tiles,
+)
 from moe_align_jax._grouped_matmul import weight_gradient_kernel as kernel
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
+from moe_align_jax._grouped_matmul.weight_gradient_compute import unread_stores
+from moe_align_jax._grouped_matmul.weight_gradient_cta_tiles import (
+    LISTED,
+    ROWS_OF_TILE,
+    Dealt,
+    Turns,
+    deal,
+)
+from moe_align_jax._grouped_matmul.weight_gradient_experts import cut, located
+from moe_align_jax._grouped_matmul.weight_gradient_plan import SLOTS
+from moe_align_jax._grouped_matmul.weight_gradient_tiles import (
+    STEPS_OF_PIECE,
+    Tiles,
+    cutting,
+    gathers_first,
+    tiles_for,
+)
 from tests.matmul.test_matmul import ids_of, normal
 
 
@@ -86,7 +109,7 @@ def check(problem, operands, tiles=None, *, interpret):
 
 # An empty expert, and rows of both operands by cp.async, into float32. Then lhs gathered and rhs by TMA,
 # late, with two tiles of columns.
-SHORT = kernel.Tiles(bk=16, late=False)  # rows are copied one by one there
+SHORT = Tiles(bk=16, late=False)  # rows are copied one by one there
 FEW = [
     ("ragged, odd, float32", lambda: ragged([0, 20], 30, 24, 24, out="float32"), SHORT),
     (
@@ -97,17 +120,17 @@ FEW = [
     (
         "cut, late",
         lambda: blocks(140, 2, 2, 128, 256, 64, gathered=None, routing="hot"),
-        kernel.Tiles(bk=16, pieces=3),
+        Tiles(bk=16, pieces=3),
     ),
     (
         "three tiles by two, in groups of two, all rounds but the first back",
         lambda: blocks(9, 2, 2, 384, 320, 64, gathered=None, routing="dropped"),
-        kernel.Tiles(bk=16, group=2, back=True),
+        Tiles(bk=16, group=2, back=True),
     ),
     (
         "a hot expert's tile beside three of others, then two tiles for each CTA",
         lambda: ragged([0, 400, 7, 11, 40, 9, 24, 2], 500, 24, 24),
-        kernel.Tiles(bk=16, level=True),
+        Tiles(bk=16, level=True),
     ),
 ]
 
@@ -118,13 +141,13 @@ FEW = [
 def test_no_band_is_put_into_a_slot_that_a_store_still_reads(n, bn, itemsize):
     """Band after band of two experts' tiles, each store as late as the wait ahead of a band lets it be."""
     piece, reading = 128 // itemsize, []
-    most = kernel.unread_stores(n, bn, piece)
+    most = unread_stores(n, bn, piece)
     for _ in range(2):
         for column in range(0, n, bn):
             for q in range(-(-min(bn, n - column) // piece)):
                 reading = reading[len(reading) - most :] if most else []
-                assert q % kernel._SLOTS not in reading
-                reading.append(q % kernel._SLOTS)
+                assert q % SLOTS not in reading
+                reading.append(q % SLOTS)
 
 
 @pytest.mark.parametrize(("make", "tiles"), [f[1:] for f in FEW], ids=[f[0] for f in FEW])
@@ -139,7 +162,7 @@ def dealt(counts: list[int], per_expert: int, ctas: int) -> tuple[list[list[int]
     for cta in range(ctas):
         noted: dict[int, int] = {}
         with jax.disable_jit():
-            found = kernel.deal(
+            found = deal(
                 jnp.int32(cta),
                 lambda rank: jnp.int32(rows[int(rank)]),
                 lambda at, tile, noted=noted: noted.update({int(at): int(tile)}),
@@ -159,8 +182,8 @@ def test_a_hot_experts_ctas_get_fewer_tiles():
     """By Zipf's law, 1200 rows of the first expert: CTAs' rows differ by three common tiles at most."""
     counts, per, ctas = [1200 // (k + 1) for k in range(24)], 5, 12
     each, _ = dealt(counts, per, ctas)
-    loads = [sum(counts[t // per] + kernel._ROWS_OF_TILE for t in tiles) for tiles in each]
-    common = 1200 // 13 + kernel._ROWS_OF_TILE
+    loads = [sum(counts[t // per] + ROWS_OF_TILE for t in tiles) for tiles in each]
+    common = 1200 // 13 + ROWS_OF_TILE
     # One at most of the tiles that a class was dealt last is an expert later than its first.
     assert max(loads) - min(loads) <= 3 * common
     assert len(each[0]) < len(each[-1])
@@ -176,7 +199,7 @@ def test_a_cta_is_dealt_no_more_tiles_than_its_list_holds():
     """All rows on one expert: the others' tiles take less time together than the first one."""
     counts = [10**6, *[0] * 299]
     each, end = dealt(counts, 1, 2)
-    assert [len(tiles) for tiles in each] == [1, kernel._LISTED] and end == 1 + kernel._LISTED
+    assert [len(tiles) for tiles in each] == [1, LISTED] and end == 1 + LISTED
 
 
 LEVELED = {  # rows of each expert, tiles of each, CTAs
@@ -203,8 +226,8 @@ def test_ctas_have_every_tile_once_where_some_were_dealt(name):
     for back in (True, False):
         seen = []
         for cta, listed in enumerate(each):
-            found = kernel.Dealt(jnp.int32(len(listed)), jnp.int32(end))
-            turns = kernel.Turns(
+            found = Dealt(jnp.int32(len(listed)), jnp.int32(end))
+            turns = Turns(
                 *(jnp.int32(cta), ctas, total),
                 back=back,
                 dealt=found,
@@ -224,7 +247,7 @@ def test_ctas_have_every_tile_once_where_none_is_dealt(total, back):
     for in_use in (total, jnp.int32(total)):
         seen = []
         for cta in range(5):
-            turns = kernel.Turns(jnp.int32(cta), 5, in_use, back=back)
+            turns = Turns(jnp.int32(cta), 5, in_use, back=back)
             seen += [int(turns.tile(jnp.int32(i))) for i in range(int(turns.mine))]
         assert sorted(seen) == list(range(total))
 
@@ -234,12 +257,12 @@ def test_rows_are_gathered_before_the_kernel_where_it_reads_them_often(operand, 
     """The same sums of a copy of the tokens' rows; the other operand is NaN in rows without a pair."""
     problem, operands = blocks(9, 2, 2, 64, 48, 64, gathered=operand, routing="dropped")
     columns = 48 if operand == "lhs" else 64  # of the other operand
-    monkeypatch.setattr(kernel, "_COLUMNS_TO_GATHER_FIRST", columns + 1)
-    assert not kernel.gathers_first(problem)
-    monkeypatch.setattr(kernel, "_COLUMNS_TO_GATHER_FIRST", columns)
-    assert kernel.gathers_first(problem)
+    monkeypatch.setattr(weight_gradient_tiles, "_COLUMNS_TO_GATHER_FIRST", columns + 1)
+    assert not gathers_first(problem)
+    monkeypatch.setattr(weight_gradient_tiles, "_COLUMNS_TO_GATHER_FIRST", columns)
+    assert gathers_first(problem)
     copied, given = kernel.gathered(problem, *operands)
-    assert copied.gathered is None and not kernel.gathers_first(copied)
+    assert copied.gathered is None and not gathers_first(copied)
     assert [(x.shape, str(x.dtype)) for x in given] == [*copied.inputs.values()]
     want = reference.weight_gradient(problem, *operands)
     np.testing.assert_array_equal(reference.weight_gradient(copied, *given), want)
@@ -265,7 +288,7 @@ def test_the_order_of_tiles_follows_from_the_matrix():
     """In groups where it is wide, and all rounds but the first back where it has at most 66 tiles."""
 
     def order(k, n):
-        tiles = kernel.tiles_for(ragged([3, 5], 8, k, n)[0])
+        tiles = tiles_for(ragged([3, 5], 8, k, n)[0])
         return tiles.group, tiles.back
 
     sizes = ((64, 256), (128, 4088), (128, 4096), (640, 4096), (768, 2048), (2048, 1536))
@@ -310,7 +333,7 @@ def of_whole_numbers(rows, k, n, out, sizes=LAST):
 def test_each_number_of_last_rows_in_the_interpreter(rows, out):
     """The product of the last rows alone, beside NaN, equals NumPy's."""
     problem, operands, want = of_whole_numbers(rows, 128, 256, out)
-    tiles = kernel.tiles_for(problem)
+    tiles = tiles_for(problem)
     assert tiles.short
     with jax.default_device(jax.devices("cpu")[0]):
         run = functools.partial(kernel.run, problem, interpret=True, tiles=tiles)
@@ -319,23 +342,23 @@ def test_each_number_of_last_rows_in_the_interpreter(rows, out):
 
 def test_a_jax_without_the_parts_of_wgmma_takes_whole_steps(monkeypatch):
     problem, *_ = of_whole_numbers("blocks", 128, 256, "bfloat16")
-    monkeypatch.setattr(kernel.inline_wgmma, "_wgmma", None)
-    assert not kernel.tiles_for(problem).short
+    monkeypatch.setattr(inline_wgmma, "_wgmma", None)
+    assert not tiles_for(problem).short
     with pytest.raises(ValueError, match="this jax"):
-        kernel.build(problem, kernel.Tiles(short=True))
-    kernel.build(problem, kernel.Tiles())
+        kernel.build(problem, Tiles(short=True))
+    kernel.build(problem, Tiles())
 
 
 def test_last_rows_are_of_stages_of_64_rows():
     """Parts of other stages would need other instructions."""
     problem, *_ = of_whole_numbers("blocks", 128, 256, "bfloat16")
     with pytest.raises(ValueError, match="64 rows"):
-        kernel.build(problem, kernel.Tiles(bk=32, short=True))
+        kernel.build(problem, Tiles(bk=32, short=True))
 
 
 def many() -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
-    early = kernel.Tiles(late=False)
+    early = Tiles(late=False)
 
     def add(name, make, *tiles):
         found.extend((f"{name}, {t.name if t else 'usual'}", make, t) for t in tiles)
@@ -361,7 +384,7 @@ def many() -> list[tuple[str, Any, Any]]:
                 make = functools.partial(blocks, *size, **more)
                 add(f"blocks {block} {routing} {gathered} {k} {n} {out}", make, None)
     for k, n, out in ((256, 640, "bfloat16"), (200, 136, "float32"), (64, 64, "bfloat16")):
-        tiles = kernel.Tiles(late=out == "bfloat16", pieces=5)
+        tiles = Tiles(late=out == "bfloat16", pieces=5)
         for sizes in ([3000, 1, 0, 129], [2000, 1300, 40, 1100], [600] * 9):
             make = functools.partial(ragged, sizes, sum(sizes), k, n, out=out)
             add(f"cut {sizes} {k} {n} {out}", make, tiles)
@@ -369,12 +392,12 @@ def many() -> list[tuple[str, Any, Any]]:
             more = {"gathered": gathered, "routing": "hot", "out": out}
             make = functools.partial(blocks, 1500, 2, 8, k, n, 128, **more)
             add(f"cut hot {gathered} {k} {n} {out}", make, tiles._replace(lag=1))
-    grouped = kernel.Tiles(group=2, back=True)
+    grouped = Tiles(group=2, back=True)
     for gathered in (None, "lhs", "rhs"):
         wide = functools.partial(blocks, 300, 2, 8, 640, 8192, 128, gathered=gathered)
         add(f"wide {gathered}", wide, None, grouped._replace(lag=1))
     zipf = [3000 // (k + 1) for k in range(16)]
-    for tiles in (kernel.Tiles(level=True), kernel.Tiles(level=True, short=True, lag=1)):
+    for tiles in (Tiles(level=True), Tiles(level=True, short=True, lag=1)):
         for sizes in (
             zipf,
             zipf[::-1],
@@ -464,7 +487,7 @@ def python_experts(problem, where):
 )
 def test_where_experts_are(make):
     problem, (_, _, *where) = make()
-    start, count, order = kernel.experts_of(problem, *where)
+    (start, count, order), _ = located(problem, *where)
     want = python_experts(problem, [np.asarray(w) for w in where])
     assert {
         e: list(range(s, s + c)) for e, (s, c) in enumerate(zip(start, count, strict=True)) if c
@@ -488,9 +511,9 @@ def test_where_experts_are(make):
 def test_how_hot_experts_are_cut(sizes, pieces, bk=8):
     """Against Python: the pieces of an expert are its rows in order, each below twice the bound."""
     problem, (_, _, *where) = ragged(sizes, max(1, sum(sizes)), 8, 8)
-    whole = kernel.experts_of(problem, *where)
-    left, found = kernel.cut(whole, pieces, bk)
-    bound = max(-(-sum(sizes) // pieces), kernel._STEPS_OF_PIECE * bk)
+    whole, _ = located(problem, *where)
+    left, found = cut(whole, pieces, bk)
+    bound = max(-(-sum(sizes) // pieces), STEPS_OF_PIECE * bk)
     starts, counts = (np.asarray(a) for a in found.experts[:2])
     used = int(found.used[0])
     assert used <= pieces and not counts[used:].any()
@@ -518,7 +541,7 @@ def test_which_experts_are_cut_by_default():
 
     def pieces(k, n, rows):
         sizes = ("test", "ragged", rows, k, n, 8, "bfloat16", "bfloat16")
-        return kernel.cutting(WeightGradient(MatmulProblem(*sizes, num_groups=8))).pieces
+        return cutting(WeightGradient(MatmulProblem(*sizes, num_groups=8))).pieces
 
     assert pieces(768, 2048, 65536) == 132 * 4 // 48
     assert pieces(7168, 1024, 65536) == pieces(2048, 768 * 4, 65536) == 0
@@ -571,7 +594,7 @@ SHARED = {"apart": ([0, 1, 0], 16), "a gap": ([0, 0, 1], 8), "none": ([1, 0, 2],
 @pytest.mark.parametrize("name", SHARED)
 def test_whether_rows_follow_each_other(name):
     problem, operands = shared(SHARED[name][0], 8, 8, SHARED[name][1])
-    assert bool(kernel._experts_of(problem, *operands[2:])[1]) == (name == "none")
+    assert bool(located(problem, *operands[2:])[1]) == (name == "none")
 
 
 @pytest.mark.parametrize(
@@ -669,7 +692,7 @@ def test_each_number_of_last_rows_on_a_gpu(rows, out, late, size):
     """NumPy's bits, and those of whole steps, with an expert for each number of rows up to 130."""
     problem, operands, want = of_whole_numbers(rows, *size, out, (*LAST, *range(131)))
     for short in (True, False):
-        tiles = kernel.Tiles(late=late, short=short)
+        tiles = Tiles(late=late, short=short)
         run = jax.jit(functools.partial(kernel.run, problem, tiles=tiles))
         for _ in range(2):
             np.testing.assert_array_equal(np.asarray(run(*operands)), want)
@@ -681,7 +704,7 @@ def test_each_number_of_last_rows_on_a_gpu(rows, out, late, size):
 def test_gathered_last_rows_on_a_gpu(gathered, late):
     """The bits of whole steps, of values whose sums are rounded."""
     problem, operands = blocks(310, 4, 24, 384, 512, 64, gathered=gathered)
-    tiles = kernel.Tiles(late=late, short=True, lag=1)
+    tiles = Tiles(late=late, short=True, lag=1)
     check(problem, operands, tiles, interpret=False)
     found, whole = (
         np.asarray(kernel.run(problem, *operands, tiles=each))

@@ -209,7 +209,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering.direct_kernel",
         "moe_align_jax._simt.language",
     },
-    "moe_align_jax._grouped_matmul.kernel": {
+    "moe_align_jax._grouped_matmul.memory": {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.launch_value",
     },
@@ -257,9 +257,12 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering",
     },
     "moe_align_jax._grouped_matmul.weight_gradient_kernel": {
-        "moe_align_jax._core.hopper",
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering.sharding",
+    },
+    "moe_align_jax._grouped_matmul.weight_gradient_tiles": {
+        "moe_align_jax._core.hopper",
+        "moe_align_jax._grouped_matmul",
     },
     "moe_align_jax._grouped_matmul.choice": {
         "moe_align_jax._grouped_matmul.config",
@@ -406,6 +409,7 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.fp8",
         "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
+        "moe_align_jax._expert_parallel.counted_pairs",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.nvlink_kernels",
         "moe_align_jax._expert_parallel.row_words",
@@ -419,10 +423,14 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax._expert_parallel.row_words": {
         "moe_align_jax._simt.language",
     },
+    "moe_align_jax._expert_parallel.counted_pairs": {
+        "moe_align_jax._simt.language",
+    },
     "moe_align_jax._expert_parallel.message_kernels": {
         "moe_align_jax._core.fp8",
         "moe_align_jax._core.hopper",
         "moe_align_jax._core.int32",
+        "moe_align_jax._expert_parallel.counted_pairs",
         "moe_align_jax._expert_parallel.e4m3",
         "moe_align_jax._expert_parallel.message_kernels",
         "moe_align_jax._expert_parallel.row_words",
@@ -679,7 +687,11 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._lowering.launch_value",
         "moe_align_jax._grouped_matmul.across_activation_kernel",
         "moe_align_jax._grouped_matmul.activation_gradient_kernel",
+        "moe_align_jax._grouped_matmul.weight_gradient_compute",
         "moe_align_jax._grouped_matmul.weight_gradient_kernel",
+        "moe_align_jax._grouped_matmul.weight_gradient_load",
+        "moe_align_jax._grouped_matmul.weight_gradient_plan",
+        "moe_align_jax._grouped_matmul.weight_gradient_cta_tiles",
         "lazily benchmarks.grouped_matmul",
         "lazily benchmarks.training_peers",
         "moe_align_jax._grouped_matmul.epilogue",
@@ -690,9 +702,16 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul.inline_stores",
         "moe_align_jax._grouped_matmul.inline_wgmma",
         "moe_align_jax._grouped_matmul.found_cut",
+        "moe_align_jax._grouped_matmul.compute_loop",
+        "moe_align_jax._grouped_matmul.cta_tiles",
+        "moe_align_jax._grouped_matmul.heights_loop",
         "moe_align_jax._grouped_matmul.kernel",
+        "moe_align_jax._grouped_matmul.load_loop",
         "moe_align_jax._grouped_matmul.loads",
+        "moe_align_jax._grouped_matmul.memory",
+        "moe_align_jax._grouped_matmul.products",
         "moe_align_jax._grouped_matmul.scaled_products",
+        "moe_align_jax._grouped_matmul.stores",
         "moe_align_jax._layout.kernels.weighted_sum",
         "moe_align_jax._masked_quant.kernel",
         "moe_align_jax._masked_quant.quotient",
@@ -1022,6 +1041,7 @@ def test_module_says_what_it_is(module):
 KERNELS = (
     "moe_align_jax._align.kernels",
     "moe_align_jax._align.vllm",
+    "moe_align_jax._expert_parallel.counted_pairs",
     "moe_align_jax._expert_parallel.e4m3",
     "moe_align_jax._expert_parallel.message_kernels",
     "moe_align_jax._expert_parallel.nvlink_kernels",

@@ -84,6 +84,9 @@ def e4m3_problems() -> Iterator[tuple[str, Any]]:
     halves = MatmulProblem("test", "blocks", scales=columns, **sizes, **given)
     assert config_for(halves).skips
     yield "e4m3, halves left out", DirectMatmul(halves)
+    by_labels = halves._replace(whole_blocks=True, row_labels=True)
+    assert config_for(by_labels).skips
+    yield "e4m3, halves left out by labels", DirectMatmul(by_labels)
     shared = config_for(problem)
     assert shared.shares_weights
     yield "e4m3, shared by clusters", DirectMatmul(problem, config=shared)

@@ -110,7 +110,7 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
     yield "pairs", problem(block=1, weights=silu, **gather), wide._replace(bm=8)
     for transposed in (False, True):
         weights = {"transposed": transposed, "bias": True}
-        given = problem(block=1, weights=silu | weights, **gather)
+        given = problem(block=1, weights=silu | weights, zero_padding=False, **gather)
         yield "k in 4, gated, pairs", given, wide._replace(bm=8, split=4, num_ctas=128)
         yield "k in 2", problem(block=16, weights=weights), s._replace(split=2)
     for bm, stages in ((48, 5), (80, 4), (96, 4)):
@@ -391,7 +391,7 @@ def e4m3_problems() -> Iterator[tuple[str, Any, Any]]:
 def weight_gradients() -> Iterator[tuple[str, Any, Any]]:
     """As `problems`, of weight gradients: each way to load either operand, late and not."""
     from moe_align_jax._grouped_matmul.problem import MatmulProblem, WeightGradient
-    from moe_align_jax._grouped_matmul.weight_gradient_kernel import Tiles
+    from moe_align_jax._grouped_matmul.weight_gradient_tiles import Tiles
 
     def problem(rows="blocks", gathered=None, out="bfloat16", **sizes):
         given = {"num_rows": 4096, "k": 2048, "n": 1536, "num_experts": 8, "dtype": "bfloat16"}
@@ -490,6 +490,7 @@ def lower(problem: Any, config: Any) -> Any:
         launch,
         spread_kernel,
         token_sum_kernel,
+        weight_gradient_experts,
         weight_gradient_kernel,
     )
     from moe_align_jax._grouped_matmul.problem import ActivationGradient, TokenSum, WeightGradient
@@ -521,13 +522,13 @@ def lower(problem: Any, config: Any) -> Any:
         call = jax.jit(build(problem, tiles))
 
         def made(*operands):
-            experts = weight_gradient_kernel.experts_of(problem, *operands[2:])
+            experts, _ = weight_gradient_experts.located(problem, *operands[2:])
             given = functools.partial(
                 weight_gradient_kernel.arguments, problem, tiles, interpret=False
             )
             if not tiles.pieces:
                 return given(experts, *operands)
-            experts, pieces = weight_gradient_kernel.cut(experts, tiles.pieces, tiles.bk)
+            experts, pieces = weight_gradient_experts.cut(experts, tiles.pieces, tiles.bk)
             of_pieces = given(pieces.experts, *operands, more=(pieces.used,))
             if first:
                 return of_pieces

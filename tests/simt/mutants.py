@@ -18,6 +18,7 @@ NVLINK = "moe_align_jax._expert_parallel.nvlink_kernels"
 WINDOW = "moe_align_jax._simt.window"
 EMULATED_WINDOWS = "moe_align_jax._simt.emulator.windows"
 MESSAGES = "moe_align_jax._expert_parallel.message_kernels"
+COUNTED_PAIRS = "moe_align_jax._expert_parallel.counted_pairs"
 
 
 MARKER = "# mutant: "
@@ -80,6 +81,14 @@ def _form(module: str, name: str, new: str, kills: str = "RaceError") -> Mutant:
 def _collective(name: str, new: str, kills: str = "RaceError") -> Mutant:
     return Mutant(COLLECTIVES, name, new, kills)
 
+
+# Of both kernels that put rows into experts' boxes; their tests kill it each.
+MISCOUNTED = Mutant(
+    COUNTED_PAIRS,
+    "a pair is counted before itself",
+    "total = total + t.select(one.eq(expert) & (before >= k), 1, 0)",
+    kills="wrong",
+)
 
 BLOCK_SYNC, WARP_SYNC = "t.block_sync()", "t.warp_sync()"
 
@@ -227,6 +236,7 @@ def mutated(mutant: Mutant | None) -> Iterator[types.ModuleType]:
 
     def ours(name: str) -> bool:
         every = COLLECTIVES, KERNELS, LAYOUT, NVLINK, MESSAGES, WINDOW, EMULATED_WINDOWS
+        every = *every, COUNTED_PAIRS
         return any(name == x or name.startswith(x + ".") for x in every)
 
     import moe_align_jax._align.kernels

@@ -48,9 +48,10 @@ def m_grouped_fp8_gemm_nt_contiguous(
         b: (float8_e4m3fn `[G, N, K]`, float32 `[G, ceil(N / 128), K / 128]`).
         d: `[M, N]` bfloat16, written in place. Rows of padding are unspecified; they are zero where a's are.
         grouped_layout: `[M]` int32, the group of each row, and -1 for padding. Groups begin at multiples of
-            `get_mk_alignment_for_contiguous_layout()`: what counts is the first row of each such block. With
-            `use_psum_layout` `[G]` int32, the row behind each group's last: the next group begins at the next
-            multiple, and rows behind the last group are not computed.
+            `get_mk_alignment_for_contiguous_layout()`: the label of a block's first row is taken for all of
+            its rows. In a block of 128 rows, -1 in the 65th says that the rows from there on are padding.
+            With `use_psum_layout` `[G]` int32, the row behind each group's last: the next group begins at the
+            next multiple, and rows behind the last group are not computed.
         recipe, recipe_a, recipe_b: None, or what scales belong to: (1, 128, 128), or (1, 128) and (128, 128).
         compiled_dims, disable_ue8m0_cast, ensure_zero_padding, expected_m_for_psum_layout: accepted; they
             change nothing here (scales stay float32 on Hopper, and padding is as said above).

@@ -8,14 +8,13 @@ the same expert before it. Every CTA reads all ids: this is for small batches. T
 out among the CTAs. Nothing is atomic, every word is written by one thread.
 """
 
-import functools
-import operator
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._expert_parallel import e4m3, row_words
+from moe_align_jax._expert_parallel.counted_pairs import Held, counted, summed
 from moe_align_jax._expert_parallel.message_kernels import rows
 from moe_align_jax._expert_parallel.message_kernels.problems import THREADS, Unpack
 from moe_align_jax._expert_parallel.row_words import Piece, words
@@ -47,10 +46,6 @@ def build(problem: Unpack) -> Kernel:
         num_ctas=problem.num_ctas,
         partial=frozenset(boxes),
     )
-
-
-# Ids that a thread holds, and which pair the first of them is.
-type Held = list[tuple[Int, tuple[Int, ...]]]
 
 
 class _Body:
@@ -147,23 +142,13 @@ class _Body:
             held.append((pair, tuple(t.select(inside, self.local(one), -1) for one in ids)))
         return held
 
-    def counted(self, held: Held, expert: Int, end: Int | int) -> Int:
-        """How many of the ids that the warp holds are the expert's and stand before the end."""
-        t, total = self.t, self.t.const(0)
-        for first, ids in held:
-            before = end - first
-            for k, one in enumerate(ids):
-                # mutant: a pair is counted before itself
-                total = total + t.select(one.eq(expert) & (before > k), 1, 0)
-        return t.warp_sum(total)
-
     def count(self, held: Held, expert: Int, row: Int) -> None:
         """What this warp holds of the pairs before each of the row's pairs."""
         t, top_k = self.t, self.message.top_k
         kept = t.ballot(expert >= 0)
         for k in t.for_range(0, top_k):
             with t.if_(((kept >> k) & 1).ne(0)):
-                count = self.counted(held, t.shfl(expert, k), row * top_k + k)
+                count = counted(t, held, t.shfl(expert, k), row * top_k + k)
                 with t.if_(self.lane.eq(0)):
                     # mutant: a warp's counts are those of the first warp
                     t.store(self.r.places, self.warp * top_k + k, count)
@@ -172,15 +157,10 @@ class _Body:
         """The row in the boxes of lane k's pair, -1 for none."""
         t, rows_per_expert, top_k = self.t, self.problem.rows_per_expert, self.message.top_k
         lane = t.select(kept, self.lane, 0)
-        count = lambda: self.sum(self.r.places, lane, top_k)  # noqa: E731
+        count = lambda: summed(t, self.r.places, lane, top_k, _WARPS)  # noqa: E731
         place = collectives.value_if(t, kept, count, rows_per_expert)
         # mutant: a row past the box's room is written
         return t.select(place < rows_per_expert, expert * rows_per_expert + place, -1)
-
-    def sum(self, ref: Any, at: Int, stride: int) -> Int:
-        """Of what the warps have counted."""
-        found = [self.t.load(ref, at + k * stride) for k in range(_WARPS)]
-        return functools.reduce(operator.add, found)
 
     # -- the layout
 
@@ -192,7 +172,7 @@ class _Body:
         for number in t.for_range(0, self.experts):
             expert = self.cta + number * t.num_ctas
             with t.if_(expert < count):
-                total = self.counted(held, expert, self.message.num_pairs)
+                total = counted(t, held, expert, self.message.num_pairs)
                 with t.if_(self.lane.eq(0)):
                     t.store(r.totals, self.warp * self.experts + number, total)
         # mutant: totals are read before all warps have counted
@@ -200,7 +180,7 @@ class _Body:
         for number in t.for_range(0, self.experts):
             expert = self.cta + number * t.num_ctas
             with t.if_(expert < count):
-                total = self.sum(r.totals, number, self.experts)
+                total = summed(t, r.totals, number, self.experts, _WARPS)
                 with t.if_(self.thread.eq(0)):
                     t.store(r.tokens_per_expert, expert, total)
                     used = t.select(total < rows_per_expert, total, rows_per_expert)

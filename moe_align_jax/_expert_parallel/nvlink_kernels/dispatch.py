@@ -11,9 +11,7 @@ D ranks, T tokens per rank, K top_k, R = D * T rows received, n = R * K pairs, e
 tokens are cut into parts, each for a CTA.
 """
 
-import functools
 import itertools
-import operator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._core.hopper import NUM_SMS
 from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._expert_parallel import row_words
+from moe_align_jax._expert_parallel.counted_pairs import Held, counted, summed
 from moe_align_jax._expert_parallel.nvlink_kernels import copying
 from moe_align_jax._expert_parallel.nvlink_kernels.problems import (
     Dispatch,
@@ -103,7 +102,6 @@ def build(problem: Dispatch) -> Kernel:
 
 
 type Places = list[tuple[Int, int]]  # of the inbox: index and width
-type Held = list[tuple[Int, list[Int]]]  # words of the inbox, and which pair the first of them is
 
 
 class _Found(NamedTuple):
@@ -244,7 +242,7 @@ class _Dispatcher:
                 self._count_token(unit, t.take(self._slots(unit)), held, warp)
         for number in t.for_range(0, self.experts):
             expert = t.cta_id() + number * t.num_ctas  # past the last: of no pair
-            total = self._counted(held, expert + _FIRST_ID, self.problem.num_pairs)
+            total = counted(t, held, expert + _FIRST_ID, self.problem.num_pairs)
             with t.if_(self.lane.eq(0)):
                 # mutant: a warp's counts are those of the first warp
                 t.store(self.r.totals, warp * self.experts + number, total)
@@ -287,7 +285,7 @@ class _Dispatcher:
             for k in t.for_range(0, min(WARP, self.slots - start)):
                 with t.if_(((kept >> k) & 1).ne(0)):
                     end = self._pair(token, k + start)
-                    count = self._counted(held, t.shfl(wanted, k), end)
+                    count = counted(t, held, t.shfl(wanted, k), end)
                     with t.if_(self.lane.eq(0)):
                         t.store(self.r.places, places + k + start, count)
 
@@ -298,22 +296,7 @@ class _Dispatcher:
             slot - source * self.send.top_k
         )
 
-    def _counted(self, held: Held, expert: Int, end: Int | int) -> Int:
-        """How many of the words that the warp holds are the expert's and stand before the end."""
-        t, total = self.t, self.t.const(0)
-        for first, ids in held:
-            before = end - first
-            for k, one in enumerate(ids):
-                # mutant: a pair is counted before itself
-                total = total + t.select(one.eq(expert) & (before > k), 1, 0)
-        return t.warp_sum(total)
-
     # -- the layout
-
-    def _sum(self, ref: Any, at: Int, stride: int) -> Int:
-        """Of what the counting warps have found."""
-        found = [self.t.load(ref, at + k * stride) for k in range(_WARPS)]
-        return functools.reduce(operator.add, found)
 
     def _lay_out_experts(self) -> None:
         """How many pairs each of my experts has, and the rows of its box that are not in use."""
@@ -321,7 +304,7 @@ class _Dispatcher:
         for number in t.for_range(0, self.experts):
             expert = t.cta_id() + number * t.num_ctas
             with t.if_(expert < self.send.num_local_experts):
-                total = self._sum(r.totals, number, self.experts)
+                total = summed(t, r.totals, number, self.experts, _WARPS)
                 with t.if_(self.thread.eq(0)):
                     t.store(r.tokens_per_expert, expert, total)
                     used = t.select(total < rows_per_expert, total, rows_per_expert)
@@ -361,7 +344,7 @@ class _Dispatcher:
             stride = self.rounds * self.slots
 
             def place(slot=slot, stride=stride) -> Int:
-                return self._sum(self.r.places, slot, stride)
+                return summed(self.t, self.r.places, slot, stride, _WARPS)
 
             at = collectives.value_if(t, kept, place, rows_per_expert)
             # mutant: a row past the box's room is written
