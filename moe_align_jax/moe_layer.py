@@ -23,14 +23,14 @@ from moe_align_jax._core import checks
 from moe_align_jax._core.int32 import narrow_on_host
 from moe_align_jax._grouped_matmul import arguments as matmul_arguments
 from moe_align_jax._grouped_matmul import choice as implementations
-from moe_align_jax._grouped_matmul import choose_tiles, quantized, token_sum_config
+from moe_align_jax._grouped_matmul import quantized
 from moe_align_jax._grouped_matmul.options import check_flag
 from moe_align_jax._grouped_matmul.problem import E4M3, Activation, Scales
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
 from moe_align_jax._lowering.sharding import replicate, vary_together
 from moe_align_jax._masked_quant.problem import ScaleLayout
-from moe_align_jax._moe_layer import arguments, layer, plan
+from moe_align_jax._moe_layer import arguments, forms, layer, plan
 from moe_align_jax._moe_layer.checkpoints import ExpertWeights
 from moe_align_jax._moe_layer.plan import LayerProblem
 from moe_align_jax.expert_location import ExpertLocation
@@ -254,6 +254,7 @@ def fused_moe(
         scaled.scales,
         scaled.down,
     )
+    problem = forms.planned(problem)
     operands = layer.Operands(
         *(values, first, down, bias_gate_up, bias_down, topk_weights, tuple(where), row_of_pair),
         *(scaled.arrays, scaled.down_arrays),
@@ -523,7 +524,7 @@ def select_moe_implementation(
         "blocks" if x.dtype == E4M3 else "",
     )
     platform = select.check_platform(function, platform)
-    return _selection(problem, platform, implementation)
+    return _selection(forms.planned(problem), platform, implementation)
 
 
 def _selection(problem: LayerProblem, platform: str, implementation: str | None) -> Selection:
@@ -533,11 +534,8 @@ def _selection(problem: LayerProblem, platform: str, implementation: str | None)
     blocks = "pairs" if problem.pairs else f"blocks of {problem.block_size}"
     if choice == "xla":
         return Selection(choice, f"{blocks}, loop", reasons)
-    kind = None if choice == "emulator" else select.gpu_kind()
-    launched = (
-        both if choice == "emulator" else [choose_tiles.as_multiplied(each, kind) for each in both]
-    )
-    tiles = [choose_tiles.config_for(each, kind).name for each in launched]
-    if problem.token_sum and (sums := token_sum_config.config_for(problem.token_sum)):
-        tiles[1] = sums.name
+    if choice == "emulator":
+        tiles = forms.tiles_of(problem, None, copies=False)
+    else:
+        tiles = forms.tiles_of(problem, select.gpu_kind())
     return Selection(choice, ", ".join([blocks, *tiles]), reasons)

@@ -111,9 +111,9 @@ def config_for(
         return choose_e4m3_tiles.choose(problem, rules, bm)
     deep = problem.weights.gated and problem.weights.transposed and problem.k % 128 == 0
     if bm == 8 and problem.in_order and problem.weights.gated and problem.weights.transposed:
-        narrow = _narrow(problem)
-        if num_tiles(problem, narrow) <= _MOST_NARROW and problem.k % 64 == 0:
-            return shared(problem, rules, narrow)
+        narrow, least = _narrow(problem), problem.smallest if problem.few_forms else problem
+        if num_tiles(least, narrow) <= _MOST_NARROW and problem.k % 64 == 0:
+            return _narrow_shared(problem, rules, narrow)
     if bm <= 24 and deep:  # 256 bytes of a row of the weights are read together, not 128
         tiles = Config("swap", bm, 256, 128, 3, group=0, lag=1)
         if _takes_halves(problem, rules):
@@ -260,11 +260,22 @@ def _takes_halves(problem: MatmulProblem, rules: Rules) -> bool:
     return rules.split and bool(problem.top_k) and short and size
 
 
-def _narrow(problem: MatmulProblem) -> Config:
+def _narrow_shared(problem: MatmulProblem, rules: Rules, narrow: Config) -> Config:
+    """Narrow tiles, each of one CTA or two; two in an SM, of the fewest forms, where two share those of one
+    token."""
+    tiles = shared(problem, rules, narrow)
+    if problem.few_forms < 2 or tiles.split > 1:
+        return tiles
+    least = problem.smallest
+    shares = shared(least, rules, _narrow(least)).split > 1
+    return _narrow(problem, two_in_an_sm=True) if shares else tiles
+
+
+def _narrow(problem: MatmulProblem, two_in_an_sm: bool = False) -> Config:
     """Swapped tiles of 64 columns of gate and up, by one warpgroup; 96 KiB of weights are asked for ahead, or
     twice as many where a tile has an SM for itself."""
     tiles = Config("swap", 8, 128, 128 if problem.k % 128 == 0 else 64, 3, group=0, computing=1)
-    if NUM_SMS < num_tiles(problem, tiles) <= 2 * NUM_SMS:
+    if two_in_an_sm or NUM_SMS < num_tiles(problem, tiles) <= 2 * NUM_SMS:
         tiles = tiles._replace(num_ctas=2 * NUM_SMS)  # all tiles at once, two of them in an SM
     else:
         tiles = tiles._replace(stages=6)
@@ -294,8 +305,8 @@ def as_multiplied(problem: MatmulProblem, gpu_kind: str | None = None) -> Matmul
 
 
 def _gathers_first(problem: MatmulProblem, columns: int, rows: int) -> bool:
-    """Whether the weights have so many columns (none: never), and a mean expert so many rows."""
+    """Whether the weights have so many columns (none: never), and a mean expert more rows than that."""
     pairs = problem.num_tokens * problem.top_k
-    many = tile_rows(problem) >= 128 and pairs >= rows * problem.num_experts
+    many = tile_rows(problem) >= 128 and pairs > rows * problem.num_experts
     many = many and not problem.scales
     return bool(columns and problem.top_k and many and problem.w_columns >= columns)

@@ -102,6 +102,9 @@ class MatmulProblem(NamedTuple):
         in_order: with top_k and blocks of one row: it is known that row r is pair r, of token r // top_k.
         inverse: with top_k: the last operand is `row_of_pair` `[num_tokens, top_k]`, the row of each pair, -1
             for none. By it a launch may copy tokens' rows to those of their pairs (spread.py).
+        few_forms: of blocks of one row: how few forms the batch sizes of a model shall have, so that it needs
+            few kernels: 0: each the fastest; 1: narrow tiles remain narrow, at most two CTAs share one, and
+            sums have the tiles of one token; 2: as well, as many CTAs share a tile as of one token.
     """
 
     function: str
@@ -131,6 +134,7 @@ class MatmulProblem(NamedTuple):
     all_rows: bool = False
     in_order: bool = False
     inverse: bool = False
+    few_forms: int = 0
 
     @property
     def w_columns(self) -> int:
@@ -212,6 +216,13 @@ class MatmulProblem(NamedTuple):
     def out_shape(self) -> tuple[int, int]:
         """Shape of the result."""
         return (self.num_rows, self.n)
+
+    @property
+    def smallest(self) -> "MatmulProblem":
+        """Of blocks of one row: that of one token; of one row where it is not told how many a token has."""
+        if not self.top_k:
+            return self._replace(num_rows=1, num_pairs=1)
+        return self._replace(num_tokens=1, num_rows=self.top_k, num_pairs=self.top_k)
 
     @property
     def permuted(self) -> "MatmulProblem":

@@ -139,9 +139,12 @@ def shared(problem: MatmulProblem, rules: Rules, tiles: Config) -> Config:
     """
     if not rules.split or problem.rows != "blocks" or problem.block_size != 1:
         return tiles
-    count, steps = num_tiles(problem, tiles), -(-problem.k // tiles.bk)
+    of_least = problem.few_forms > 1 and tiles.computing > 1
+    count = num_tiles(problem.smallest if of_least else problem, tiles)
+    steps = -(-problem.k // tiles.bk)
     for split, (most, num_ctas) in _SPLITS.items():
-        if split > 2 and tiles.computing == 1:  # whose ring takes all of an SM
+        # The ring of one warpgroup takes all of an SM. Four CTAs are a further form, for very few tiles.
+        if split > 2 and (tiles.computing == 1 or problem.few_forms):
             continue
         if count <= most and steps % split == 0 and steps >= _LEAST_STEPS * split:
             return tiles._replace(split=split, num_ctas=num_ctas)

@@ -91,12 +91,14 @@ def config_for(problem: TokenSum) -> Tiles | None:
     if unsupported(problem):
         return None
     product = problem.product
-    whole = problem.num_tokens * -(-product.n // WEIGHT_ROWS)  # tiles of one pair
+    of_token = -(-product.n // WEIGHT_ROWS)  # tiles of one pair
+    whole = problem.num_tokens * of_token
     choices = [
         p for p in (1, 2, 4) if p <= problem.top_k and (p == 1 or product.weights.transposed)
     ]
     enough = _ENOUGH if product.k <= _DEEP else _ENOUGH_OF_STAGES
-    pairs = next((p for p in choices if p * whole >= enough), choices[-1])
+    counted = of_token if product.few_forms else whole
+    pairs = next((p for p in choices if p * counted >= enough), choices[-1])
     if pairs * whole < min(_ENOUGH, _ctas_of_product(product)):
         return None
     return Tiles(pairs, _DEEP, 3)

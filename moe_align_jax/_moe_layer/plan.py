@@ -22,8 +22,8 @@ _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 # Of 128 experts with 512 pairs each: Qwen3-30B-A3B, 8192 tokens, 22:54, span, then steps after each other at
 # the card's power limit (means of turns): 144 1079, 1288; 184 1042, 1212; 192 1067, 1247; 128 1028, 1216. At
 # 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. No blocks of 8, so that a model
-# needs no more than 12 kernels (GPT-OSS 120B 15): DeepSeek-V3 TP8 with 16 tokens took 258.4 in blocks of 8,
-# and 260.1 of 16.
+# needs no more than 12 kernels (see forms.py): DeepSeek-V3 TP8 with 16 tokens took 258.4 in blocks of 8, and
+# 260.1 of 16.
 _OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (math.inf, 184))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (in groups: see `choose_tiles._whole`).
@@ -68,6 +68,7 @@ class LayerProblem(NamedTuple):
         check_blocks: blocks may be of experts that there are no weights for.
         scales: of x and of gate and up, where they are e4m3.
         down_scales: "tensor" or "blocks": how those of w_down lie.
+        few_forms: see `MatmulProblem.few_forms`, of both products.
     """
 
     num_tokens: Any
@@ -86,6 +87,7 @@ class LayerProblem(NamedTuple):
     check_blocks: bool
     scales: Scales | None = None
     down_scales: str = ""
+    few_forms: int = 0
 
     function = "fused_moe"
 
@@ -165,6 +167,7 @@ class LayerProblem(NamedTuple):
             consecutive=not self.check_blocks,
             all_rows=self.pairs,
             in_order=self.pairs,
+            few_forms=self.few_forms,
             **sizes,
         )
 

@@ -16,7 +16,7 @@ import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import token_sum_config, token_sum_kernel
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, TokenSum, Weights
 from moe_align_jax._grouped_matmul.token_sum_config import Tiles
-from moe_align_jax._moe_layer import token_sum
+from moe_align_jax._moe_layer import forms, token_sum
 from tests.matmul.oracle import error
 from tests.moe_layer.test_moe_layer import make_layer, wanted
 
@@ -217,6 +217,33 @@ def test_layers_of_pairs_on_a_gpu(name):
     want, pairs = wanted(operands, options)
     assert error(got, want) < 5e-3 if pairs.any() else not np.any(got)
     assert np.asarray(run(*operands)).tobytes() == got.tobytes()
+
+
+def check_few_forms(monkeypatch, name: str, implementation: str) -> None:
+    """A layer with the tiles of the fewest forms, as if its model would need too many kernels."""
+    monkeypatch.setattr(forms, "MOST_KERNELS", 0)
+    if name == "one pair of a token":  # two CTAs share each of more tiles than are taken at once
+        sizes = {"tokens": 8, "top_k": 1, "experts": 32, "hidden": 1280, "ffn": 768}
+        operands, options = make_layer(**sizes, dtype="bfloat16", transpose_rhs=True)
+    else:
+        operands, options = layer(name)
+    run = jax.jit(functools.partial(maj.fused_moe, implementation=implementation, **options))
+    got = np.asarray(run(*operands))
+    want, _ = wanted(operands, options)
+    assert np.any(want) and error(got, want) < 5e-3
+    if implementation == "mosaic_gpu":
+        assert all(np.asarray(run(*operands)).tobytes() == got.tobytes() for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["dropped", "narrow, interleaved"])
+def test_layers_in_few_forms(monkeypatch, name):
+    check_few_forms(monkeypatch, name, "emulator")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dropped", "expert map, valid tokens", "one pair of a token"])
+def test_layers_in_few_forms_on_a_gpu(monkeypatch, name):
+    check_few_forms(monkeypatch, name, "mosaic_gpu")
 
 
 @pytest.mark.parametrize("name", ["dropped", "biases", "weights on input"])

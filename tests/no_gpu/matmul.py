@@ -260,6 +260,17 @@ def one_token() -> Iterator[tuple[str, Any, Any]]:
             product = LayerProblem(*given, 1, 8 * tokens, True, False).first
             name = f"few tokens, {tokens}, {hidden}, {more}"
             yield name, product, config_for(product, "NVIDIA H200")
+    for top_k, hidden, ffn, experts, transposed, more in (
+        (4, 2880, 2880, 128, True, {"interleaved": True, "bias": True, **swiglu}),
+        (1, 2048, 2048, 32, True, {}),
+        (1, 2048, 2048, 32, False, {}),
+    ):
+        weights = Weights(transposed, activation="silu", gated=True, **more)
+        given = (8, top_k, hidden, ffn, experts, "bfloat16", "bfloat16", weights, bool(more), False)
+        layer = LayerProblem(*given, 1, 8 * top_k, True, False, few_forms=2)
+        for which, product in (("gate and up", layer.first), ("down", layer.second)):
+            name = f"few forms, 8 tokens, {which}, {experts} experts, transposed {transposed}"
+            yield name, product, config_for(product, "NVIDIA H200")
 
 
 def token_sums() -> Iterator[tuple[str, Any, Any]]:
