@@ -75,12 +75,19 @@ _LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 # shuffled 339 (353).
 # Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
 # and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
+# Of 144, dealt by rounds, with a sixth height of 80 rows, 2026-11-30, 08:45, for in turns without it, means,
+# uniform, Zipf, Zipf of shuffled experts:
+#   32768 rows, 2048 -> 1536, 128 experts: 314, 357, 352 for 314, 361, 355
+#   32768 gathered rows, gate and up, 2048 -> 768: 368, 393, 398 for 369, 405, 404
+#   65536 gathered rows, gate and up, 7168 -> 256, 256 experts (not late), 08:11: 796, 849, 910; without a
+#   sixth height 798, 854, 887; in turns 793, 860, 879
 # Tiles of several heights, by these figures. Rows less than a block's. Of blocks of 144 rows, columns up to
 # which all n tiles of a block follow each other, and K from which on they do without an activation. Rows of
 # a block of few experts from which on they are faster; of 184 and 192 rows, from so many experts on, up to
 # that K. With a longer K a launch lists them by falling height, from so many experts on; not below so many
 # rows times K times N, since between that launch and the product 17 to 27 us passed under jit, at any size.
 _LESS_OF_144, _LESS_OF_FEW, _LESS_OF_MANY = (8, 16, 24, 40), (8, 16, 40), (8, 16, 24, 40)
+_LESS_OF_DEALT, _LEAST_K_NOT_DEALT = (8, 16, 24, 40, 64), 4096
 _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_LISTS = 1 << 39
@@ -181,11 +188,15 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
         late = tiles.late or problem.rows == "ragged" and may_be_late(problem)
         early = problem.weights.gated and problem.k >= _LEAST_K_NOT_LATE and not few
         more = {"finds": True, "late": late and not early, "trims": not problem.top_k}
-        found = with_heights(problem, tiles, _LESS_OF_144, True, **more)
         in_turn = problem.weights.gated or problem.k >= _LEAST_K_IN_TURN
         in_turn = in_turn and not few and problem.w_columns <= _NARROW_OF_144
+        deals = in_turn and more["late"] and problem.rows == "blocks"
+        deals = deals and problem.k < _LEAST_K_NOT_DEALT
+        less = _LESS_OF_DEALT if deals else _LESS_OF_144
+        found = with_heights(problem, tiles, less, True, **more)
         mixes = found.cuts and problem.rows == "blocks" and not few
-        return found._replace(group=0 if found.heights and in_turn else found.group, mixes=mixes)
+        group = 0 if found.heights and in_turn else found.group
+        return found._replace(group=group, mixes=mixes, deals=mixes and deals)
     if few:
         plain = not (problem.weights.gated or problem.top_k)
         if tiles.bm < _LEAST_OF_HEIGHTS or not plain:

@@ -68,6 +68,8 @@ class Config(NamedTuple):
             blocks that has most of the experts run beside those of the other two (`tile_order.mixed`): the
             former wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always
             mixed.
+        deals: with `mixes`, of no groups: the tiles of that third are dealt out by rounds of all CTAs
+            (`tile_order.dealt`), where n tiles divide the CTAs; else they take turns with the others.
         peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
             are zeroed. Of e4m3.
     """
@@ -96,6 +98,7 @@ class Config(NamedTuple):
     trims: bool = False
     falling: bool = False
     mixes: bool = False
+    deals: bool = False
     peeled: bool = False
 
     @property
@@ -125,7 +128,7 @@ class Config(NamedTuple):
             kind = "-exact" if self.exact else "-falling" if self.falling else "-even"
             more += kind + ".".join(map(str, self.heights[1:]))
         more += "-trims" if self.trims else ""
-        more += "-mixes" if self.mixes else ""
+        more += ("-deals" if self.deals else "-mixes") if self.mixes else ""
         more += "-peeled" if self.peeled else ""
         usual = self.num_ctas == NUM_SMS or self.num_ctas < NUM_SMS and self.split > 1
         more += "" if usual else f"-{self.num_ctas}"
@@ -172,6 +175,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
         return reason
     if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
         return "of blocks whose tiles find themselves alone a part is mixed with the others"
+    if tiles.deals and (tiles.group or not tiles.mixes):
+        return "blocks that are mixed, and not taken in groups, are dealt out by rounds"
     if tiles.finds and not tiles.heights and problem.rows != "masked":
         return "tiles of one height are found in the masked layout alone"
     if tiles.skips and problem.rows == "blocks" and (reason := no_skips(problem, tiles)):

@@ -67,8 +67,10 @@ class LoadLoop:
         config, refs, tiles = self.config, self.refs, self.tiles
         how = None
         if config.mixes:
-            experts = refs.experts, self.problem.num_experts
-            how = tile_order.mixing(config.group, *experts, tiles.row_tiles)
+            rounds = self.problem, tiles.clusters, tiles.n_tiles
+            a_round = tile_order.a_round_of(*rounds) if config.deals else 0
+            given = refs.experts, self.problem.num_experts, tiles.row_tiles, a_round
+            how = tile_order.mixing(config.group, *given)
 
         def one(i, carry):
             ring, said = carry

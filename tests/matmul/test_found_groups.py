@@ -174,20 +174,102 @@ def test_blocks_are_mixed_where_experts_are_sorted(case, group):
             assert 0.2 < some.mean() < 0.8
 
 
-@pytest.mark.parametrize("group", [0, 2])
-def test_products_of_mixed_blocks_in_the_interpreter(group, monkeypatch):
+@pytest.mark.parametrize("a_round", [1, 2, 3, 22, 66, 132])
+def test_every_block_is_dealt_once(a_round):
+    """However many there are, and whichever part is the small one."""
+    places = jnp.arange(300, dtype=jnp.int32)
+
+    @jax.jit
+    def dealt(units, falls):
+        small = units // 3
+        parts = jnp.where(falls, 0, small), jnp.where(falls, units - small, 0)
+        known = tile_order.Mixing(small, *parts, units, a_round)
+        return jax.vmap(lambda at: tile_order.mixed(known, at))(places)
+
+    for units in (*range(1, 140), 256, 291, 300):
+        for falls in (True, False):
+            found = np.asarray(dealt(jnp.int32(units), falls))
+            assert sorted(found[:units].tolist()) == list(range(units)), (units, falls)
+            assert found[units:].tolist() == list(range(units, 300))
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_ctas_get_as_much_work_where_blocks_are_dealt(falls):
+    """Zipf over 128 experts in 288 blocks, of which 22 are taken in a round: those that take 14 blocks, not
+    13, have about three more small ones. Most small ones stand in the rounds of experts with many rows."""
+    blocks = -(-(6033 // np.arange(1, 129)) // 144)[:: 1 if falls else -1]
+    experts = np.repeat(np.arange(128, dtype=np.int32), blocks)
+    units, a_round = len(experts), 22
+    known = tile_order.mixing(0, jnp.asarray(experts), 128, jnp.int32(units), a_round)
+    places = jnp.arange(units, dtype=jnp.int32)
+    order = np.asarray(jax.vmap(lambda at: tile_order.mixed(known, at))(places))
+    third = units // 3
+    small = order >= units - third if falls else order < third
+    more = units % a_round
+    of_place = [int(small[place::a_round].sum()) for place in range(a_round)]
+    most, least = of_place[:more], of_place[more:]
+    assert max(most) - min(most) <= 1 and max(least) - min(least) <= 1
+    assert 2 <= min(most) - max(least) <= 4
+    rounds = [int(part.sum()) for part in np.split(small, range(a_round, units, a_round))][:-1]
+    rounds = np.array(rounds if falls else rounds[::-1])
+    assert (np.diff(rounds) <= 2).all() and rounds[:4].mean() > 3 * rounds[-4:].mean()
+    large = order[~small]  # remain in their order but for those of a round
+    assert np.abs(large - np.arange(len(large)) - (0 if falls else third)).max() < a_round
+
+
+def test_where_blocks_are_dealt_by_rounds():
+    """Where a round is whole, and no product of numbers of blocks overflows."""
+    problem = problem_of("odd")._replace(rows="blocks", block_size=144, num_rows=144 * 2000)
+    assert tile_order.a_round_of(problem, 132, 6) == 22
+    assert tile_order.a_round_of(problem, 132, 8) == 0
+    assert tile_order.a_round_of(problem, 132, 66) == 2
+    assert tile_order.a_round_of(problem, 132, 132) == 0
+
+
+def mixed_case(k: int, n: int) -> tuple[Any, MatmulProblem]:
+    """Blocks of experts that are sorted by their rows."""
+    from tests.matmul import test_heights
+
+    held = [(0, 144), (0, 144), (0, 100), (1, 144), (1, 30), *((e, 12 * e) for e in range(2, 9))]
+    where = test_heights.made(144, 18, held)
+    return where, test_heights.problem_of(where, 144, 18, k, n)
+
+
+DEALT = FOUND._replace(heights=(*HEIGHTS, 80), mixes=True, deals=True)
+
+
+@pytest.mark.parametrize("group, deals", [(0, False), (2, False), (0, True)])
+def test_products_of_mixed_blocks_in_the_interpreter(group, deals, monkeypatch):
     """Right; and the kernel takes its tiles in that order."""
     from tests.matmul import test_heights
 
-    held = [(0, 144), (0, 144), (0, 100), (1, 144), (1, 30), *((e, 5 * e) for e in range(2, 6))]
-    where = test_heights.made(144, 12, held)
-    problem = test_heights.problem_of(where, 144, 12, 64, 128)
-    config = FOUND._replace(group=group, mixes=True)
-    asked, mixed = [], tile_order.mixed
-    monkeypatch.setattr(tile_order, "mixed", lambda known, at: asked.append(at) or mixed(known, at))
+    where, problem = mixed_case(64, 128)
+    config = DEALT if deals else FOUND._replace(group=group, mixes=True)
+    assert tiles.refused(problem, config) is None
+    name, asked = "dealt" if deals else "mixed", []
+    usual = getattr(tile_order, name)
+    monkeypatch.setattr(tile_order, name, lambda known, at: asked.append(at) or usual(known, at))
     with jax.default_device(jax.devices("cpu")[0]):
         test_heights.check(where, problem, config, interpret=True)
     assert asked
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [256, 1536])
+def test_products_of_dealt_blocks_on_a_gpu(n):
+    """Right, and the bits of tiles of one height, which are taken in order."""
+    from tests.matmul import test_heights
+
+    where, problem = mixed_case(448, n)
+    test_heights.check(where, problem, DEALT, interpret=False)
+
+
+def test_what_cannot_be_dealt():
+    """Groups of blocks, and blocks that are not mixed."""
+    problem = mixed_case(64, 128)[1]
+    assert tiles.refused(problem, DEALT) is None
+    for other in (DEALT._replace(group=4), DEALT._replace(mixes=False)):
+        assert "dealt" in (tiles.refused(problem, other) or "")
 
 
 def test_groups_are_mixed():
@@ -222,7 +304,12 @@ def test_which_products_take_them():
             *("test", "blocks", experts * 400, 2048, 1536, experts, "bfloat16", "bfloat16"),
             **{"block_size": BLOCK, "zero_padding": False, "num_pairs": experts * 256},
         )
-        assert choose_tiles.config_for(blocks).mixes == (experts == 128)
+        chosen_of_blocks = choose_tiles.config_for(blocks)
+        many = experts == 128
+        assert (chosen_of_blocks.mixes, chosen_of_blocks.deals) == (many, many)
+        assert chosen_of_blocks.heights[-1] == (80 if many else 104)
+        long = choose_tiles.config_for(blocks._replace(k=4096))
+        assert (long.mixes, long.deals, long.heights[-1]) == (many, False, 104)
     assert chosen(8192, 128) == FOUND
     assert chosen(65536, 128, 768, 2048) == FOUND._replace(group=4)
     assert chosen(2048, 8) == FOUND._replace(group=4)

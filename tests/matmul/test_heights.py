@@ -251,6 +251,7 @@ def check(where: Made, problem: MatmulProblem, config: tiles.Config, *, interpre
     operands = [jnp.asarray(x, problem.dtype), jnp.asarray(w, problem.dtype)]
     operands += [jnp.asarray(a) for a in where[:3]]
     usual = config._replace(heights=(), exact=False, falling=False, finds=False, trims=False)
+    usual = usual._replace(mixes=False, deals=False)
     if interpret:
         config = config._replace(num_ctas=2)
 
@@ -470,12 +471,13 @@ def test_which_products_take_them():
     any_rows: dict[str, bool] = {"zero_padding": False, "consecutive": True}
     silu = Weights(activation="silu", gated=True)
     gather = {"num_tokens": 4096, "top_k": 8, "zero_padding": False}
-    low = (136, 128, 120, 104)
+    low, lowest = (136, 128, 120, 104), (136, 128, 120, 104, 80)
     assert chosen(144, 128) == (low, "exact", 4, True, True, True)
-    assert chosen(144, 128, n=2048, **any_rows) == (low, "exact", 0, True, True, True)
+    assert chosen(144, 128, 4096, 2048, **any_rows) == (low, "exact", 0, True, True, True)
+    assert chosen(144, 128, 2048, 2048, **any_rows) == (lowest, "exact", 0, True, True, True)
     assert chosen(144, 8, n=2048, rows=3) == (low, "exact", 4, True, True, True)
     assert chosen(144, 128, 2048, 768, weights=silu, **gather) == (
-        low,
+        lowest,
         *("exact", 0),
         True,
         True,

@@ -148,8 +148,17 @@ def problems() -> Iterator[tuple[str, Any, Any]]:
     for group, more in ((0, {}), (4, gather)):
         sizes = {"num_experts": 128, "expected_rows": 144, "zero_padding": False, **more}
         given = problem(block=144, **sizes)
-        tiles = config_for(given)._replace(group=group, mixes=True)
+        tiles = config_for(given)._replace(group=group, mixes=True, deals=False)
         yield "144, found heights, mixed", given, tiles
+    for more in (
+        {},
+        {"zero_padding": False},
+        {"zero_padding": False, **gather, "weights": silu, "n": 768},
+    ):
+        given = problem(block=144, num_experts=128, expected_rows=144, **more)
+        tiles = config_for(given)
+        assert tiles.deals
+        yield "144, found heights, dealt", given, tiles
     for bm, transposed, zeros in ((192, False, True), (184, True, False), (176, True, True)):
         given = problem(block=bm, weights={"transposed": transposed}, zero_padding=zeros)
         tiles = Config("swap", bm, 256, 64, 3, lag=1)
