@@ -14,17 +14,18 @@ at place `c ^ (r % 8)`: TMA's 128-byte swizzle. Thread t of the 128 moves the ch
 tile, counted row after row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 _I32 = jnp.int32
 THREADS, CHUNK_BYTES, CHUNKS_PER_ROW = 128, 16, 8
@@ -63,6 +64,18 @@ def int64(value: int) -> Any:
 def scalar_of(array: Any) -> Any:
     """The MLIR value of Mosaic's array of one value."""
     return array.registers.item()
+
+
+def int32_register(value: Any) -> Any:
+    """A register of Mosaic's arrays that holds one int32."""
+    return vector.broadcast(ir.VectorType.get((1,), i32()), value)
+
+
+def int32_array(registers: Sequence[Any], layout: Any) -> mgpu.FragmentedArray:
+    """Mosaic's array of a thread's int32 registers, as `layout` of Pallas has them."""
+    return mgpu.FragmentedArray(
+        _registers=np.array(registers, dtype=object), _layout=layout.to_mgpu(), _is_signed=True
+    )
 
 
 def thread_index() -> Any:

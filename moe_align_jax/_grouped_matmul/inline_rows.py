@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -34,6 +33,8 @@ from moe_align_jax._grouped_matmul.inline import (
     i32,
     i64,
     int32,
+    int32_array,
+    int32_register,
     int64,
     less,
     scalar_of,
@@ -108,12 +109,8 @@ def find_rows(
             token = arith.divui(pair, int32(top_k))
             chunk = arith.addi(arith.muli(token, int32(row_chunks)), column)
             chosen = arith.select(there, chunk, int32(-1))
-            registers.append(vector.broadcast(ir.VectorType.get((1,), i32()), chosen))
-        return mgpu.FragmentedArray(
-            _registers=np.array(registers, dtype=object),
-            _layout=layout.to_mgpu(),
-            _is_signed=True,
-        )
+            registers.append(int32_register(chosen))
+        return int32_array(registers, layout)
 
     return emit(ids_ref, start, end, *more)
 
@@ -336,12 +333,8 @@ def find_wide_rows(
                 at = arith.divui(pair, int32(top_k))
             place = arith.muli(at, int32(row_chunks))
             chosen = arith.select(there, place, int32(-1))
-            registers.append(vector.broadcast(ir.VectorType.get((1,), i32()), chosen))
-        return mgpu.FragmentedArray(
-            _registers=np.array(registers, dtype=object),
-            _layout=layout.to_mgpu(),
-            _is_signed=True,
-        )
+            registers.append(int32_register(chosen))
+        return int32_array(registers, layout)
 
     return emit(*(() if ids_ref is None else (ids_ref,)), first, end)
 

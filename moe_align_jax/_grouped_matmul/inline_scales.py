@@ -8,10 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -82,13 +80,8 @@ def find(
             if ids_ref is not None:
                 row = arith.divui(row, inline.int32(top_k))
             chosen = arith.select(there, row, inline.int32(-1))
-            kind = ir.VectorType.get((1,), inline.i32())
-            registers.append(vector.broadcast(kind, chosen))
-        return mgpu.FragmentedArray(
-            _registers=np.array(registers, dtype=object),
-            _layout=layout.to_mgpu(),
-            _is_signed=True,
-        )
+            registers.append(inline.int32_register(chosen))
+        return inline.int32_array(registers, layout)
 
     return emit(*(() if ids_ref is None else (ids_ref,)), start, end, *more)
 
