@@ -482,11 +482,11 @@ def test_report_shows_wins_losses_and_failures():
         ["8x256x16", "1.30", "3.90 (3.00x)", "-"],
         ["512x256x16", "4.00", "3.00 (0.75x)", "WRONG or failed"],
     ]
-    assert report.losses(ROWS) == "Of 2 comparisons we lose 1: 512x256x16 against vllm."
+    assert report.losses(ROWS) == "Ours is slower in 1 of 2 comparisons: 512x256x16 against vllm."
     text = report.markdown(ROWS)
     assert "**H100**, 2026-11-21, driver 1, jax 0.11.2, torch 2.11.0. " in text
     assert "| 8x256x16 | 1.30 | 3.90 (3.00x) | - |" in text and "commit" not in text
-    assert "Of 2 comparisons we lose 1: 512x256x16 against vllm." in text
+    assert "Ours is slower in 1 of 2 comparisons: 512x256x16 against vllm." in text
 
 
 def test_headline_shows_five_sizes_with_date_gpu_clock_and_launch():
