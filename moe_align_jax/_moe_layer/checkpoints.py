@@ -365,6 +365,12 @@ class ExpertWeights:
             TypeError: an argument is no float array, or `interleaved` no bool.
             ValueError: the shapes do not fit each other.
         """
+        weights = {"w13_weight": w13_weight, "w2_weight": w2_weight}
+        for name, value in weights.items():
+            _check_array("from_vllm", name, _values(value), 3)
+        for name, value in {"w13_bias": w13_bias, "w2_bias": w2_bias}.items():
+            if value is not None:
+                _check_array("from_vllm", name, value, 2)
         return cls(w13_weight, w2_weight, w13_bias, w2_bias, True, interleaved)
 
     @classmethod
@@ -427,6 +433,16 @@ class ExpertWeights:
                 "one of them",
                 remedy,
             )
+        first: Any = arrays[0]
+        shape = first.shape[0], first.shape[2]
+        for name, bias in (("bias_gate", gate), ("bias_up", up)):
+            if bias is not None and bias.shape != shape:
+                rule = f"have shape {list(shape)} beside wi_0"
+                remedy = "One value for each column of the weights."
+                checks.refuse(ValueError, function, name, rule, bias, remedy)
+            if bias is not None and not checks.is_array(bias):  # they are joined: no mere shapes
+                rule, remedy = "be an array of NumPy or jax", "Leave biases of shapes alone out."
+                checks.refuse(TypeError, function, name, rule, bias, remedy)
         both = None if gate is None else _library(gate).concatenate([gate, up], axis=1)
         return cls((arrays[0], arrays[1]), arrays[2], both, down)
 
