@@ -50,6 +50,7 @@ def _erfc(x: jax.Array) -> jax.Array:
 
 @_erfc.defjvp
 def _erfc_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The value, and the tangent times -2 / sqrt(pi) * exp(-x**2)."""
     [x], [tangent] = primals, tangents
     return _erfc(x), tangent * (_F32(-2 / math.pi**0.5) * jnp.exp(-jnp.square(x)))
 
