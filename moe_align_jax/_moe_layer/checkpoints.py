@@ -339,7 +339,8 @@ class ExpertWeights:
         gate, up, down = (_stacked(list(column)) for column in zip(*rows, strict=True))
         first: Any = (gate, up)
         # Scales of blocks that begin at 128 rows stay what they are where up follows gate.
-        if not _is_quantized(gate) or (gate[1].ndim == 3 and gate[0].shape[1] % GROUP == 0):
+        of_blocks = all(_is_quantized(each) and each[1].ndim == 3 for each in first)
+        if not _is_quantized(gate) or (of_blocks and gate[0].shape[1] % GROUP == 0):
             first = _joined(first, 1, False)
         return cls(first, down, transpose_rhs=True)
 
@@ -478,6 +479,16 @@ def _with_scales(mine: Mapping[str, Any], prefix: str, name: str) -> Any:
             "Scales of another name or kind are not known: pass ExpertWeights (values, scales)."
         )
         checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "none", remedy)
+    argument = f"tensors[{prefix + name + _SCALES!r}]"
+    if not _is_float_array(scales):  # exponents in integers would be taken for the scales
+        rule, remedy = "be a float array of NumPy or jax", "Convert it to the scales as floats."
+        checks.refuse(TypeError, "from_hugging_face", argument, rule, scales, remedy)
+    if values.ndim == 2:
+        blocks = tuple(checks.cdiv(size, GROUP) for size in values.shape)
+        if scales.shape not in (blocks, ()):
+            rule = f"have shape {list(blocks)} or [] beside {list(values.shape)}"
+            remedy = "A scale belongs to 128 x 128 values, or to the matrix."
+            checks.refuse(ValueError, "from_hugging_face", argument, rule, scales, remedy)
     return values, scales.astype(np.float32)
 
 
@@ -486,6 +497,12 @@ def _stacked(matrices: list[Any]) -> Any:
     if any(map(_is_quantized, matrices)):
         if not all(map(_is_quantized, matrices)):
             rule, remedy = "hold e4m3 matrices of all experts, or of none", "Convert some of them."
+            checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "both", remedy)
+        if len({scales.ndim for _, scales in matrices}) > 1:
+            rule, remedy = (
+                "hold scales of blocks for all experts, or for none",
+                "Quantise them anew.",
+            )
             checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "both", remedy)
         return tuple(_stacked([matrix[i] for matrix in matrices]) for i in range(2))
     return _library(matrices[0]).stack(matrices)
