@@ -1,8 +1,6 @@
-# make demo            runs the main job on this machine      make test   runs the tests
-# make train-example   trains a small MoE model (examples/train_moe.py)      make examples   runs the others
-# make lint, docs, test-x64, test-jax-0.11, gpu-test: see below. Nothing is needed but git, make and Python 3.12:
-# each target makes its own virtual environment. PYTHON=/path/to/python takes an interpreter whose packages
-# are already there instead (a machine without network).
+# make help            names the targets for users
+# Nothing is needed but git, make and Python 3.12: each target makes its own virtual environment.
+# PYTHON=/path/to/python takes an interpreter whose packages are already there instead (a machine without network).
 
 VENV := .venv
 OLD_JAX := 0.11.2
@@ -26,8 +24,14 @@ endif
 XDIST = $$(test $(JOBS) != 1 && $(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 PYTEST = $(PY) -m pytest -q -rfEs $(XDIST) $(PYTEST_ARGS)
 
-.PHONY: demo test train-example examples test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean
+.PHONY: help demo test train-example examples test-whole test-x64 test-jax-0.11 gpu-test lint format docs package clean
 .PHONY: venv-for-ci venv-for-x64
+
+# The lines that begin with "## ", and what stands there.
+help:
+	@echo "make demo, or make with another target. Each makes the environment $(VENV) when it first needs it;"
+	@echo "PYTHON=/path/to/python takes an interpreter that has the packages already."
+	@sed -n 's/^## /  /p' Makefile
 
 # Every extra that a target of .ci/run asks for, at once: targets that run side by side must not install.
 venv-for-ci:
@@ -37,17 +41,20 @@ venv-for-ci:
 venv-for-x64:
 	$(VENV_FOR) cli test examples
 
+## demo            aligns two random routings of real sizes, checks them against a plain loop
 demo:
 	$(VENV_FOR) cli
 	$(PY) -m moe_align_jax.cli demo
 
 # Checkpoints and pictures go into trained/; a second run goes on from there. TRAIN_ARGS="--steps 1000".
+## train-example   trains a small MoE language model (examples/train_moe.py), a minute on a CPU
 train-example:
 	$(VENV_FOR) examples
 	$(PY) examples/train_moe.py --out trained $(TRAIN_ARGS)
 
 # The examples but for train_moe.py, as small as they come, on this machine's GPU or CPU. The load's picture goes
 # into trained/.
+## examples        runs the other examples
 examples:
 	$(VENV_FOR) torch examples
 	mkdir -p trained
@@ -60,6 +67,7 @@ TURN ?=
 PART = $(BRIEF) $(if $(TURN),--turn $(TURN)) --part
 
 # Every test function: see tests/parts.py for which of its cases.
+## test            runs every test function on this machine's CPU or GPU
 test:
 	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST) $(PART) newest-jax
@@ -73,6 +81,7 @@ QUICK_XLA := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_parallel_co
 BRIEF := --hypothesis-profile=brief
 
 # Every case of the suite, where `make test`, `test-jax-0.11` and `test-x64` share out a part of them.
+## test-whole      runs every case of them: nearly an hour of CPU time
 test-whole:
 	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) $(PYTEST)
@@ -84,6 +93,7 @@ test-costs:
 	$(QUICK_XLA) $(PY) -m pytest -q -rfEs --sample 4 --write-costs $(PYTEST_ARGS)
 
 # The library's tests with 64-bit jax: every output must still be int32.
+## test-x64        the library's tests with 64-bit jax
 test-x64:
 	$(VENV_FOR) cli test torch examples
 	$(QUICK_XLA) JAX_ENABLE_X64=1 $(PYTEST) $(PART) x64
@@ -97,6 +107,7 @@ old-jax:
 	  $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 	    --target $(OLD_JAX_DIR) jax==$(OLD_JAX) jaxlib==$(OLD_JAX) && touch $(OLD_JAX_DIR)/.complete; }
 
+## test-jax-0.11   the tests with the oldest jax that is supported
 test-jax-0.11: old-jax
 	$(WITH_OLD_JAX) $(QUICK_XLA) $(PYTEST) --expect-jax $(OLD_JAX) $(PART) oldest-jax
 
@@ -116,10 +127,12 @@ test-transformers:
 
 # On a machine with a Hopper GPU, or several. SHARDS processes at once.
 SHARDS ?= 4
+## gpu-test        every test for a GPU: on a machine with a Hopper GPU; SHARDS=8 for more processes
 gpu-test:
 	$(VENV_FOR) cli test torch examples
 	sh tools/gpu_test.sh $(PY) $(SHARDS) $(PYTEST_ARGS)
 
+## lint            ruff, pyright, and a user's file with mistakes that pyright must find
 lint:
 	$(VENV_FOR) cli test torch examples dev
 	$(PY) -m ruff check .
@@ -127,23 +140,27 @@ lint:
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) tools/check_user_types.py
 
+## format          what ruff can repair by itself
 format:
 	$(VENV_FOR) dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 # The site of docs/, into site/: every warning is an error.
+## docs            the site of docs/, into site/
 docs:
 	$(VENV_FOR) docs
 	$(PY) tools/build_docs.py
 
 # A wheel and an sdist in dist/, as they would be uploaded; tests/meta/test_package.py looks into them.
+## package         a wheel and an sdist, into dist/
 package:
 	$(VENV_FOR) dev
 	rm -rf dist
 	$(PY) -m hatchling build -d dist
 	$(PY) -m twine check --strict dist/*
 
+## clean           removes what the targets have made, the environment too
 clean:
 	rm -rf dist site .cache $(VENV) $(OLD_JAX_DIR) $(OLD_TRANSFORMERS_DIR) .cuda-plugin-* .no-gpu
 
@@ -155,6 +172,7 @@ export COMPILE_PATIENCE ?= 5
 KERNEL_SAMPLE ?= 1
 COMPILED_MODULES := masked_quant rows router vllm_aligned peer_rows recording exchanges layer matmul
 .PHONY: compile-kernels compile-kernels-$(OLD_JAX) compile-kernels-newest resolve
+## compile-kernels every form of the kernels to machine code, without a GPU
 compile-kernels: compile-kernels-newest compile-kernels-$(OLD_JAX)
 
 compile-kernels-newest:

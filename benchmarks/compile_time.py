@@ -197,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="the commit to record, where git is not at hand")
     options = parser.parse_args(argv)
     facts = machine.facts(options.commit)
+    out = Writer(options.out, facts)
     on_gpu = facts["gpu"] is not None
     if not on_gpu:
         print("No GPU here: tracing and lowering alone are measured.", flush=True)
@@ -208,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = [f"{name} {row[name]:.3f}" for name in (*STEPS, "total_s") if name in row]
         print(f"{row['case']:24} {row['form']:8} {row['provider']:22} {', '.join(parts)}")
     print(verdict(rows))
-    Writer(options.out, facts).write(rows)
+    out.write(rows)
     return 0
 
 

@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for library in filter(None, (options.vllm_op, options.sglang_op)):
         torch.ops.load_library(library)
+    out = Writer(options.out, machine.facts(options.commit))
     rows = []
     for num_pairs, num_experts, block_size in SIZES:
         shape = (num_pairs // 8, 8)
@@ -309,8 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         parts = [f"{key} {row[key]}" for key in row if key.endswith("_ms")]
         print(f"{row['case']:24} {row['provider']:26} {row['ms']:9.2f} ms; {', '.join(parts)}")
-    if options.out:
-        Writer(options.out, machine.facts(options.commit)).write(rows)
+    out.write(rows)
     return 0
 
 

@@ -45,7 +45,8 @@ class Writer:
     """Appends rows to a file, with what they share in front of the first of them.
 
     Args:
-        path: the file; its folder is made. None writes nothing.
+        path: the file; it and its folder are made at once, so that nobody measures for a file that cannot
+            be written: then this ends the program with one line. None writes nothing.
         facts: what every row of this run shares: date, GPU, versions, launch. None: each row brings these
             with it, under `machine.NAMES`, as it was measured by a process of its own; those of the first row
             that has any are the run's.
@@ -53,6 +54,12 @@ class Writer:
 
     def __init__(self, path: str | Path | None, facts: Mapping[str, Any] | None = None):
         self._path = None if path is None else Path(path)
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.open("a").close()
+            except OSError as error:
+                raise SystemExit(f"Cannot write: {self._path}: {error.strerror}") from None
         self._facts = None if facts is None else dict(facts)
         self._written: dict[str, Any] | None = None
 
@@ -60,7 +67,6 @@ class Writer:
         """Appends the rows; a value that is the run's own is not repeated, another one stands in the row."""
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             for row in rows:
                 if self._facts is None:

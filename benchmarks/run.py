@@ -219,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return union.run(options)
     facts = machine.facts(options.commit)
+    out = Writer(options.out, facts)
     grids = [g for g in options.grid.split(",") if g] or list(GRIDS)
     cases = chosen(options.cases, [case for grid in grids for case in GRIDS[grid]])
     where = facts["gpu"] or f"{jax.default_backend().upper()} ({facts['cpu']})"
@@ -244,7 +245,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         cases = [c for c in cases if c.num_pairs <= CPU_MAX_PAIRS]
     rows, started = [], time.monotonic()
-    out = Writer(options.out, facts)
     if any(p.name == "torch_bridge" for p in present):
         if reason := peers.prepare_direct(cases):
             say(f"  torch_bridge: {reason}", file=sys.stderr)

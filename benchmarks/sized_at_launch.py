@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if facts["gpu"] is None:
         print("The programs are launched on a GPU: there is none here.")
         return 2
+    out = Writer(options.out, facts)
     import torch
 
     from torch_bridge._direct import problems, store
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(every) - len(rows)} of {len(every)} sizes were left out: the time was up")
     print(verdict(rows, compiled))
     print(f"{time.monotonic() - started:.0f} s")
-    Writer(options.out, facts).write(rows)
+    out.write(rows)
     return int(not rows or not all(row["verified"] for row in rows))
 
 

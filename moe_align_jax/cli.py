@@ -4,7 +4,10 @@ import sys
 
 
 def main() -> None:
-    """Runs `moe-align`; without typer and rich, names the extra that brings them (exit code 1)."""
+    """Runs `moe-align`; without typer and rich, names the extra that brings them (exit code 1).
+
+    Ctrl-C ends it with exit code 130: typer sees to that while a command runs, this while jax is imported.
+    """
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
@@ -16,8 +19,10 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
-    from moe_align_jax._cli.app import app
-
+    try:
+        from moe_align_jax._cli.app import app
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     app()
 
 

@@ -495,7 +495,8 @@ def select_moe_implementation(
     x = jax.ShapeDtypeStruct((tokens, hidden), select.check_dtype(function, dtype, kinds))
     slots = experts
     if num_global_experts is not None:
-        slots = checks.check_num_experts(function, num_global_experts)
+        argument, remedy = "num_global_experts", "Pass the length of expert_map, or None."
+        slots = checks.check_int(function, argument, num_global_experts, experts, remedy)
     pairs = tokens * top_k
     has_aligned = check_flag(function, "has_aligned", has_aligned)
     as_pairs = not has_aligned and plan.without_alignment(pairs, slots)

@@ -97,11 +97,12 @@ class ExpertDistributionRecorder:
                 "file_format",
                 f"be one of {', '.join(files.FORMATS)}",
                 checks.shown(file_format),
-                "",
+                'The last two need the extra "arrow".',
             )
         files.check_format(file_format)
         if name is not None and not isinstance(name, str):
-            fail(_NAME, "name", "be a str or None", checks.describe(name), "", TypeError)
+            got, remedy = checks.describe(name), "Pass the label of its metrics."
+            fail(_NAME, "name", "be a str or None", got, remedy, TypeError)
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
             got, remedy = checks.describe(directory), "Pass a folder."
             fail(_NAME, "directory", "be a path or None", got, remedy, TypeError)
@@ -249,7 +250,8 @@ class ExpertDistributionRecorder:
             got, remedy = checks.describe(windows), "Pass for example (10, 100, 1000)."
             fail("metrics", "windows", "be ints", got, remedy, TypeError)
         if not sizes or min(sizes) < 1:
-            fail("metrics", "windows", "be passes >= 1", checks.describe(windows), "")
+            got, remedy = checks.describe(windows), "Pass for example (10, 100, 1000)."
+            fail("metrics", "windows", "be passes >= 1", got, remedy)
         with self._lock:
             number, counts = expert_load.last_physical_counts(self._state, max(sizes))
             found = load_metrics(counts, self.num_gpus or 1, sizes, passes=number)

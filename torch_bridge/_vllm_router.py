@@ -475,6 +475,9 @@ def _check_op(
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             rule = f"be a tensor of dtype {names}"
             checks.fail(function, argument, rule, checks.describe(tensor), _REMEDY, TypeError)
+        if tensor.is_nested:  # it has no shape to ask for
+            rule, got = "be a dense tensor", "a nested tensor"
+            checks.fail(function, argument, rule, got, _REMEDY, TypeError)
         if tensor.dim() != 2 or tensor.shape[0] != num_tokens:
             checks.refuse(
                 ValueError, function, argument, f"have shape [{num_tokens}, topk]", tensor, _REMEDY

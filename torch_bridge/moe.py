@@ -1,9 +1,12 @@
 """The expert layer on torch tensors: grouped_matmul, fused_moe, and what they would run."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from moe_align_jax._core import checks as core_checks
 from moe_align_jax._grouped_matmul.problem import Activation
 from moe_align_jax.types import AlignedBlocks
 from torch_bridge import _checks
@@ -257,6 +260,18 @@ def _key(x: Any, ids: Any, *options: Any) -> run.Key | None:
         return None
 
 
+def _check_options(function: str, explained: Callable, options: dict[str, Any]) -> None:
+    """That they are of the function that is explained, whose parameters check what they are."""
+    known = inspect.signature(explained).parameters
+    needed = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if missing := [name for name in needed if name not in options]:
+        rule = f"be given, as to {explained.__name__}"
+        core_checks.fail(function, ", ".join(missing), rule, "none", "Pass it.", TypeError)
+    if unknown := [name for name in options if name not in known]:
+        rule, remedy = f"be those of {explained.__name__}", "See its documentation."
+        core_checks.fail(function, "options", rule, ", ".join(unknown), remedy, TypeError)
+
+
 def explain_grouped_matmul(x: Any, w: Any, aligned: Any, **options: Any) -> Plan:
     """What `grouped_matmul` with these arguments would do, without doing it.
 
@@ -269,6 +284,7 @@ def explain_grouped_matmul(x: Any, w: Any, aligned: Any, **options: Any) -> Plan
     Raises:
         As `grouped_matmul`.
     """
+    _check_options("explain_grouped_matmul", grouped_matmul, options)
     path = _checks.check_path("explain_grouped_matmul", options.pop("path", "auto"))
     options.pop("out", None)
     defaults = {
@@ -304,6 +320,7 @@ def explain_fused_moe(
         >>> plan.path, plan.implementation
         ('dlpack', 'xla')
     """
+    _check_options("explain_fused_moe", fused_moe, options)
     path = _checks.check_path("explain_fused_moe", options.pop("path", "auto"))
     call, operands = checked_layer(x, w_gate_up, w_down, topk_weights, topk_ids, **options)
     return run.resolve(call, operands, path).plan

@@ -80,7 +80,10 @@ def _guarded(console: Console, run) -> None:
         code = 1
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        console.print(f"[bold red]Cannot write:[/] {escape(what)}", highlight=False, soft_wrap=True)
+        # On stderr: it may be what this prints to that is full.
+        Console(stderr=True).print(
+            f"[bold red]Cannot write:[/] {escape(what)}", highlight=False, soft_wrap=True
+        )
         code = 1
     except RuntimeError as error:
         if "nable to initialize backend" not in str(error):

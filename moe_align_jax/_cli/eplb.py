@@ -250,7 +250,11 @@ def _check_sizes(history: np.ndarray, options: Options) -> None:
 
 
 def _check_outputs(files: Sequence[Path], options: Options) -> None:
-    """No file is written over unasked, none twice, and none over an input."""
+    """No file is written over unasked, none twice, none over an input, and none in the place of a folder."""
+    given = {"--out": options.out, "--heatmap": options.heatmap, "--report": options.report}
+    for option, path in given.items():
+        if path is not None and path.is_dir():
+            fail(_FUNCTION, option, "be a file", f"the folder {path}", "Name a file in it.")
     outputs = {"--out": options.placement, "--heatmap": options.picture}
     if options.report is not None:
         outputs["--report"] = options.report

@@ -53,6 +53,8 @@ def read_file(path: str | os.PathLike[str], *, function: str = "read_file") -> d
             if start[:2] == b"PK":
                 with zipfile.ZipFile(file) as archive:
                     return _read_zip(archive)
+            if not start:
+                raise ValueError("it is empty")
             return _read_json(file.read(MAX_BYTES))
         # A damaged file can fail anywhere in zipfile, zlib, pickle, json or NumPy's header parser, with
         # nearly any exception: this is the boundary at which all of them mean the same.

@@ -144,7 +144,8 @@ def _check_load(function: str, name: str, load: Any, remedy: str) -> np.ndarray:
         rule = "have shape [L, experts] or [S, L, experts]"
         fail(function, name, rule, list(load.shape), remedy)
     if not (np.isfinite(load).all() and load.min() >= 0):
-        fail(function, name, "be finite and at least 0", load.min(), remedy)
+        bad = load[~(np.isfinite(load) & (load >= 0))].flat[0]
+        fail(function, name, "be finite and at least 0", bad, remedy)
     return load
 
 

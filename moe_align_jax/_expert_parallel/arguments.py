@@ -52,9 +52,11 @@ def check_rows(
 
 
 def _holds_no_numbers(array: Any) -> bool:
-    """NumPy's arrays of objects, text, dates and records, which jax has no like of."""
+    """NumPy's arrays of objects, text, dates, records and long doubles, which jax has no like of."""
     return isinstance(array, np.ndarray) and (
-        array.dtype.kind in "OSUMm" or array.dtype.names is not None
+        array.dtype.kind in "OSUMm"
+        or array.dtype.names is not None
+        or array.dtype.type in (np.longdouble, np.clongdouble)
     )
 
 

@@ -63,7 +63,13 @@ def check_experts(
     if w_down.shape != want:
         shape = "[E, H, N]" if weights.transposed else "[E, N, H]"
         rule = f"have shape {shape} = {list(want)}, as w_gate_up has"
-        checks.refuse(ValueError, function, "w_down", rule, w_down, "Both follow transpose_rhs.")
+        remedy = "Both follow transpose_rhs."
+        found = w_down.shape[axes[0]] if w_down.ndim == 3 else 0
+        if weights.gated and not pair and found == 2 * width:
+            remedy = "w_gate_up holds gate and up, 2 N columns: pass gated=False for one matrix."
+        elif not weights.gated and width == 2 * found:
+            remedy = "w_gate_up holds gate and up only with gated=True and an activation."
+        checks.refuse(ValueError, function, "w_down", rule, w_down, remedy)
     return weights, first, w_down, width
 
 

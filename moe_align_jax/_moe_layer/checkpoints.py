@@ -339,7 +339,8 @@ class ExpertWeights:
         gate, up, down = (_stacked(list(column)) for column in zip(*rows, strict=True))
         first: Any = (gate, up)
         # Scales of blocks that begin at 128 rows stay what they are where up follows gate.
-        if not _is_quantized(gate) or (gate[1].ndim == 3 and gate[0].shape[1] % GROUP == 0):
+        of_blocks = all(_is_quantized(each) and each[1].ndim == 3 for each in first)
+        if not _is_quantized(gate) or (of_blocks and gate[0].shape[1] % GROUP == 0):
             first = _joined(first, 1, False)
         return cls(first, down, transpose_rhs=True)
 
@@ -365,6 +366,12 @@ class ExpertWeights:
             TypeError: an argument is no float array, or `interleaved` no bool.
             ValueError: the shapes do not fit each other.
         """
+        weights = {"w13_weight": w13_weight, "w2_weight": w2_weight}
+        for name, value in weights.items():
+            _check_array("from_vllm", name, _values(value), 3)
+        for name, value in {"w13_bias": w13_bias, "w2_bias": w2_bias}.items():
+            if value is not None:
+                _check_array("from_vllm", name, value, 2)
         return cls(w13_weight, w2_weight, w13_bias, w2_bias, True, interleaved)
 
     @classmethod
@@ -427,6 +434,16 @@ class ExpertWeights:
                 "one of them",
                 remedy,
             )
+        first: Any = arrays[0]
+        shape = first.shape[0], first.shape[2]
+        for name, bias in (("bias_gate", gate), ("bias_up", up)):
+            if bias is not None and bias.shape != shape:
+                rule = f"have shape {list(shape)} beside wi_0"
+                remedy = "One value for each column of the weights."
+                checks.refuse(ValueError, function, name, rule, bias, remedy)
+            if bias is not None and not checks.is_array(bias):  # they are joined: no mere shapes
+                rule, remedy = "be an array of NumPy or jax", "Leave biases of shapes alone out."
+                checks.refuse(TypeError, function, name, rule, bias, remedy)
         both = None if gate is None else _library(gate).concatenate([gate, up], axis=1)
         return cls((arrays[0], arrays[1]), arrays[2], both, down)
 
@@ -462,6 +479,16 @@ def _with_scales(mine: Mapping[str, Any], prefix: str, name: str) -> Any:
             "Scales of another name or kind are not known: pass ExpertWeights (values, scales)."
         )
         checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "none", remedy)
+    argument = f"tensors[{prefix + name + _SCALES!r}]"
+    if not _is_float_array(scales):  # exponents in integers would be taken for the scales
+        rule, remedy = "be a float array of NumPy or jax", "Convert it to the scales as floats."
+        checks.refuse(TypeError, "from_hugging_face", argument, rule, scales, remedy)
+    if values.ndim == 2:
+        blocks = tuple(checks.cdiv(size, GROUP) for size in values.shape)
+        if scales.shape not in (blocks, ()):
+            rule = f"have shape {list(blocks)} or [] beside {list(values.shape)}"
+            remedy = "A scale belongs to 128 x 128 values, or to the matrix."
+            checks.refuse(ValueError, "from_hugging_face", argument, rule, scales, remedy)
     return values, scales.astype(np.float32)
 
 
@@ -470,6 +497,12 @@ def _stacked(matrices: list[Any]) -> Any:
     if any(map(_is_quantized, matrices)):
         if not all(map(_is_quantized, matrices)):
             rule, remedy = "hold e4m3 matrices of all experts, or of none", "Convert some of them."
+            checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "both", remedy)
+        if len({scales.ndim for _, scales in matrices}) > 1:
+            rule, remedy = (
+                "hold scales of blocks for all experts, or for none",
+                "Quantise them anew.",
+            )
             checks.refuse(ValueError, "from_hugging_face", "tensors", rule, "both", remedy)
         return tuple(_stacked([matrix[i] for matrix in matrices]) for i in range(2))
     return _library(matrices[0]).stack(matrices)

@@ -131,5 +131,8 @@ def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
         if 8 + length + end > size:
             checks.fail(_FUNCTION, "path", f"hold all of {name}", f"{path} of {size} bytes", remedy)
         part = data[8 + length + begin : 8 + length + end]
-        found[name] = part.view(_DTYPES[dtype]).reshape(shape)
+        try:
+            found[name] = part.view(_DTYPES[dtype]).reshape(shape)
+        except (ValueError, TypeError, OverflowError):  # more axes, or longer ones, than NumPy has
+            checks.fail(_FUNCTION, "path", f"describe {name}", f"{path}: {entry!r}", remedy)
     return found

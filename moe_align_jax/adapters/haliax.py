@@ -35,7 +35,8 @@ def ragged_dot(
         `[tokens, out]`, of lhs_' dtype. Rows past the sum of `group_sizes_` are zero.
 
     Raises:
-        ValueError: an implementation that is not ours, and as `moe_align_jax.ragged_dot`.
+        ValueError: an implementation that is not ours, `ar` without the mesh axis "model", and as
+            `moe_align_jax.ragged_dot`.
         TypeError, NotImplementedError: as `moe_align_jax.ragged_dot`.
 
     Example:
@@ -51,6 +52,15 @@ def ragged_dot(
         rule, got = f"be one of {', '.join(map(repr, _OURS))}", checks.shown(implementation)
         remedy = "haliax' own kernels are called through haliax."
         raise ValueError(checks.message(function, "implementation", rule, got, remedy))
+    checks.check_bool(function, "ar", ar)
+    if ar:
+        try:
+            jax.lax.axis_size(_MODEL_AXIS)
+        except (NameError, KeyError):
+            rule, got = f"be False outside of a jax.shard_map over {_MODEL_AXIS!r}", "True"
+            raise ValueError(
+                checks.message(function, "ar", rule, got, "It sums over that axis.")
+            ) from None
     ours: Any = _OURS[implementation]
     out = matmul.ragged_dot(lhs_, rhs_, group_sizes_, implementation=ours)
     return jax.lax.psum(out, _MODEL_AXIS) if ar else out

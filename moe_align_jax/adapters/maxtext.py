@@ -85,10 +85,10 @@ def gmm(
     for argument, value in (
         ("lhs_quantize_dtype", lhs_quantize_dtype),
         ("rhs_quantize_dtype", rhs_quantize_dtype),
-        ("use_qwix_quantization", use_qwix_quantization or None),
+        ("use_qwix_quantization", _asked_for(use_qwix_quantization)),
         ("qwix_rule", qwix_rule),
-        ("use_manual_quantization", use_manual_quantization or None),
-        ("weight_gather_axes", weight_gather_axes or None),
+        ("use_manual_quantization", _asked_for(use_manual_quantization)),
+        ("weight_gather_axes", _asked_for(weight_gather_axes)),
     ):
         if value is not None:
             rule, remedy = "be left out", "Train without quantization: bfloat16 rows and weights."
@@ -116,12 +116,11 @@ def gmm(
         group_offset=0 if group_offset is None else group_offset,
         transpose_rhs=transpose_rhs,
     )
-    shape, dtype = getattr(partial_sum, "shape", None), getattr(partial_sum, "dtype", None)
     got, remedy = checks.describe(partial_sum), "Pass the product of the other part of k."
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if not checks.is_array(partial_sum) or not jnp.issubdtype(partial_sum.dtype, jnp.floating):
         rule = "be a float array"
         raise TypeError(checks.message(function, "partial_sum", rule, got, remedy))
-    if shape != out.shape:
+    if partial_sum.shape != out.shape:
         rule = f"have shape {list(out.shape)}"
         raise ValueError(checks.message(function, "partial_sum", rule, got, remedy))
     return (out + partial_sum.astype(jnp.float32)).astype(preferred_element_type)
@@ -211,18 +210,30 @@ def sparse_matmul(
         got = checks.describe(input_ids)
         raise NotImplementedError(checks.message(function, "input_ids", rule, got, remedy))
     for argument, value in (("inputs", inputs), ("gate_logits", gate_logits)):
-        if getattr(value, "ndim", None) != 3:
+        if not checks.is_array(value):
+            rule, remedy = "be a jax array", "Pass what the block gets."
+            got = checks.describe(value)
+            raise TypeError(checks.message(function, argument, rule, got, remedy))
+        if value.ndim != 3:
             rule = f"have shape [batch, length, {'H' if argument == 'inputs' else 'E'}]"
             remedy = "Pass what the block gets, not flattened."
             got = checks.describe(value)
             raise ValueError(checks.message(function, argument, rule, got, remedy))
+    if gate_logits.shape[:2] != inputs.shape[:2]:
+        rule = f"have shape {checks.leading(inputs.shape[:2], 'E')}, as inputs has"
+        got, remedy = checks.describe(gate_logits), "Pass the gate's outputs of these tokens."
+        raise ValueError(checks.message(function, "gate_logits", rule, got, remedy))
     experts = gate_logits.shape[2]
     for argument, value in (
         ("w0_kernel", w0_kernel),
         ("w1_kernel", w1_kernel),
         ("wo_kernel", wo_kernel),
     ):
-        if getattr(value, "ndim", None) != 3 or value.shape[0] != experts:
+        if not checks.is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
+            rule, remedy = "be a float array", "Pass the kernels of all experts of the router."
+            got = checks.describe(value)
+            raise TypeError(checks.message(function, argument, rule, got, remedy))
+        if value.ndim != 3 or value.shape[0] != experts:
             rule = f"have 3 dimensions, of {experts} experts as gate_logits"
             remedy = "Pass the kernels of all experts of the router."
             got = checks.describe(value)
@@ -244,6 +255,8 @@ def sparse_matmul(
         ("routed_bias_update_rate", routed_bias_update_rate),
     ):
         _check_number(function, argument, value)
+    factors = (routed_scaling_factor, load_balance_loss_weight, routed_bias_update_rate)
+    scaling, loss_weight, rate = map(float, factors)  # jax takes no int beyond int32
     for argument, value in (
         ("n_routing_groups", n_routing_groups),
         ("topk_routing_group", topk_routing_group),
@@ -251,10 +264,14 @@ def sparse_matmul(
         checks.check_int(function, argument, value, -1, "Pass the model's own.")
     bias_gate_up = None
     if w0_bias is not None and w1_bias is not None:
-        bias_gate_up = jnp.concatenate([w0_bias, w1_bias], axis=1)
+        parts = (("w0_bias", w0_bias, w0_kernel), ("w1_bias", w1_bias, w1_kernel))
+        biases = [_check_bias(function, *part, axis=2) for part in parts]
+        bias_gate_up = jnp.concatenate(biases, axis=1)
     elif w0_bias is not None or w1_bias is not None:
         rule, got = "be there with w0_bias", "one of them"
         raise ValueError(checks.message(function, "w1_bias", rule, got, "Pass both, or none."))
+    if wo_bias is not None:
+        _check_bias(function, "wo_bias", wo_bias, wo_kernel, axis=2)
     with jax.named_scope("route"):
         flat = gate_logits.reshape(-1, experts)
         if pre_bias_logits is None:
@@ -268,7 +285,7 @@ def sparse_matmul(
             weights, ids = _choose_by_scores(flat, scores, top_k, n_routing_groups, kept)
             if routed_score_func in ("sigmoid", "sqrtsoftplus"):
                 weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-            weights = weights * routed_scaling_factor
+            weights = weights * scaling
     dtype = inputs.dtype
     out, counts = moe_layer.fused_moe(
         inputs.reshape(-1, inputs.shape[2]),
@@ -285,14 +302,36 @@ def sparse_matmul(
         implementation=implementation,
     )
     loss = update = None
-    if load_balance_loss_weight > 0:
+    if loss_weight > 0:
         with jax.named_scope("load_balance_loss"):
             per_sequence = ids.reshape(*gate_logits.shape[:2], top_k)
-            loss = _load_balance_loss(per_sequence, gate_logits) * load_balance_loss_weight
-    if routed_bias_update_rate > 0:
+            loss = _load_balance_loss(per_sequence, gate_logits) * loss_weight
+    if rate > 0:
         mean = ids.size / experts
-        update = jnp.sign(mean - counts.astype(jnp.float32)) * routed_bias_update_rate
+        update = jnp.sign(mean - counts.astype(jnp.float32)) * rate
     return out.reshape(inputs.shape), loss, update
+
+
+def _asked_for(value: Any) -> Any:
+    """None for what says no: None, False, and lists and tuples without elements. No array has a truth."""
+    if value is None or value is False or isinstance(value, (list, tuple)) and not value:
+        return None
+    return value
+
+
+def _check_bias(function: str, argument: str, bias: Any, kernel: Any, axis: int) -> Any:
+    """`[E, columns]`: a value for each column of the kernel, which lie along its axis."""
+    shape, remedy = (
+        (kernel.shape[0], kernel.shape[axis]),
+        "One value for each column of its kernel.",
+    )
+    if not checks.is_array(bias) or not jnp.issubdtype(bias.dtype, jnp.floating):
+        got = checks.describe(bias)
+        raise TypeError(checks.message(function, argument, "be a float array", got, remedy))
+    if bias.shape != shape:
+        rule, got = f"have shape {list(shape)}", checks.describe(bias)
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
+    return bias
 
 
 def _check_number(function: str, argument: str, value: Any) -> None:
@@ -307,7 +346,11 @@ def _check_number(function: str, argument: str, value: Any) -> None:
 
 
 def _check_scores(function: str, scores: Any, gate_logits: jax.Array) -> jax.Array:
-    if getattr(scores, "shape", None) != gate_logits.shape:
+    if not checks.is_array(scores) or not jnp.issubdtype(scores.dtype, jnp.floating):
+        rule, remedy = "be a float array", "Pass both results of the gate."
+        got = checks.describe(scores)
+        raise TypeError(checks.message(function, "pre_bias_logits", rule, got, remedy))
+    if scores.shape != gate_logits.shape:
         rule = f"have shape {list(gate_logits.shape)}, as gate_logits has"
         got, remedy = checks.describe(scores), "Pass both results of the gate."
         raise ValueError(checks.message(function, "pre_bias_logits", rule, got, remedy))

@@ -7,7 +7,7 @@ import torch
 import torch_bridge
 from tests import oracle
 from tests.bridge.helpers import assert_format, assert_triple, ids_of
-from torch_bridge import _ops, dlpack, sglang, vllm
+from torch_bridge import _ops, deep_gemm, dlpack, sglang, vllm
 
 
 def outputs_for(n=12, num_experts=4, block_size=4, fill=-7):
@@ -318,3 +318,46 @@ def test_what_is_no_name_is_no_path(name):
         with pytest.raises(ValueError, match=f"^{name}: path must be one of ") as caught:
             PATHS[name](value)
         assert_format(caught.value)
+
+
+OF_NESTED = {
+    "topk_weights": lambda n: vllm.topk_softmax(n, zeros(2, 1), zeros(2, 1), torch.zeros(2, 2)),
+    "topk_ids": lambda n: vllm.topk_sigmoid(
+        torch.zeros(2, 1), n.int(), zeros(2, 1), torch.zeros(2, 2)
+    ),
+    "sf": lambda n: deep_gemm.transform_sf_into_required_layout(n, 128, 128, (1, 128)),
+    "output_scale": lambda n: sglang.silu_and_mul_masked_post_quant_fwd(
+        *(torch.ones(2, 4, 256).bfloat16(), torch.zeros(2, 4, 128, dtype=torch.float8_e4m3fn)),
+        *(n, 128, zeros(2)),
+    ),
+}
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("argument", OF_NESTED)
+def test_a_nested_tensor_is_asked_for_no_shape(argument):
+    """It raises what PyTorch calls an internal error."""
+    with pytest.raises(
+        TypeError, match=f": {argument} must be a dense tensor; got a nested"
+    ) as got:
+        OF_NESTED[argument](torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    assert_format(got.value)
+
+
+def test_explanations_know_the_options_of_what_they_explain():
+    """Unknown and missing ones were a TypeError of a function that users do not know."""
+    x, weights, ids = torch.ones(1, 8), torch.ones(1, 1), zeros(1, 1)
+    layer = x, torch.ones(2, 8, 16), torch.ones(2, 8, 8), weights, ids
+    with pytest.raises(
+        TypeError, match="^explain_fused_moe: options must .*; got topk, fast"
+    ) as got:
+        torch_bridge.explain_fused_moe(*layer, topk=1, fast=True)
+    assert_format(got.value)
+    aligned = torch_bridge.align_blocks(ids, block_size=2, num_experts=2)
+    with pytest.raises(TypeError, match="^explain_grouped_matmul: block_size must be given") as got:
+        torch_bridge.explain_grouped_matmul(x, layer[1], aligned, top_k=1)
+    assert_format(got.value)

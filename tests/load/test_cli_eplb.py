@@ -165,7 +165,11 @@ def test_windowed_algorithm(eplb, tmp_path):
 @pytest.mark.parametrize(
     ("contents", "options", "words"),
     [
-        (b"", (), "file must be readable"),
+        (b"", (), "file must be readable; got 'loads' (it is empty)"),
+        (b'{"logical_count": [[2, 1e400]]}', (), "finite and at least 0; got inf."),  # it said 2.0
+        (b'{"logical_count": [[1, 2]]}', ("--out", "."), "--out must be a file; got the folder ."),
+        (b'{"logical_count": [[1, 2]]}', ("--heatmap", "."), "--heatmap must be a file; got the"),
+        (b'{"logical_count": [[1, 2]]}', ("--report", "."), "--report must be a file; got the"),
         (b"PAR1 and no table", (), "No placement"),
         (b'{"x": 1}', (), "hold logical_count; got x"),
         (b'{"logical_count": [[1, 2, 3]]}', ("--num-gpus", "2"), "fill 2 GPUs (--num-gpus)"),

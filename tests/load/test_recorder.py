@@ -189,6 +189,20 @@ def test_misuse_is_a_clear_error(name, tmp_path):
     assert list(recorder.state.pending) == []
 
 
+def test_every_refusal_of_the_recorder_ends_with_what_to_do(tmp_path):
+    """Three of them had nothing behind "got"."""
+    recorder = make(num_gpus=2)
+    for call in (
+        lambda: make(file_format="csv"),
+        lambda: make(name=1),
+        lambda: recorder.metrics((0,)),
+    ):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"^\w+: \w+ must .+; got .+\. [A-Z].+\.$"
+        ):
+            call()
+
+
 # -- dumps ------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import moe_align_jax
+from moe_align_jax import cli
 from moe_align_jax._cli import checkout, demo, info, traces
 from moe_align_jax._cli.app import app
 from moe_align_jax.types import AlignedBlocks
@@ -168,6 +169,32 @@ def test_profile_says_before_the_run_that_its_folder_cannot_be_written(
         assert done.output.startswith("Cannot write: ") and str(folder.parent) in done.output
 
 
+def test_a_full_stdout_is_one_line_on_stderr():
+    """It was a traceback, and one more by the line that said so."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "moe_align_jax.cli", "info"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("Cannot write: ") and "No space left" in done.stderr
+
+
+def test_an_interrupt_while_jax_is_imported_is_no_traceback(monkeypatch):
+    """jax takes most of a second to import, in which typer catches nothing."""
+    monkeypatch.delitem(sys.modules, "moe_align_jax._cli.app")
+
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == "moe_align_jax._cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == 130
+
+
 def test_profile_refuses_more_choices_than_experts(moe_align):
     done = moe_align("profile", "--num-experts", "4", "--top-k", "8")
     assert done.exit_code == 2 and "--top-k 8" in done.output
@@ -195,6 +222,19 @@ def test_bench_outside_a_checkout_says_so(moe_align, monkeypatch, tmp_path):
     assert checkout.find() is None
     done = moe_align("bench")
     assert done.exit_code == 1 and "needs a checkout" in done.output
+
+
+def test_bench_says_before_the_run_that_its_file_cannot_be_written(
+    moe_align, tmp_path, monkeypatch
+):
+    """It told so by a traceback, when the first case had been timed."""
+    from benchmarks import run
+
+    monkeypatch.setattr(run, "run_case", lambda *_: pytest.fail("it ran"))
+    for folder in unwritable(tmp_path):
+        done = moe_align("bench", "--cases", "8x256x16", "--out", str(folder / "rows.jsonl"))
+        assert done.exit_code == 1
+        assert f"Cannot write: {folder / 'rows.jsonl'}: " in done.output
 
 
 def test_bench_hands_its_options_on(monkeypatch, moe_align):

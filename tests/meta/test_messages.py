@@ -198,6 +198,13 @@ WRONG = {
     "expert_location": lambda: _layer(expert_location=X),
     "x of objects": lambda: maj.permute_to_masked(np.array([[None], [1]]), IDS, num_experts=2),
     "x of text": lambda: maj.permute_to_contiguous(np.array([["a"], ["b"]]), IDS, num_experts=2),
+    "x of long doubles": lambda: maj.permute_to_masked(X.astype(np.longdouble), IDS, num_experts=2),
+    "topk_weights of long doubles": lambda: maj.unpermute_from_masked(
+        ROWS, LAYOUT, np.ones((2, 2), np.longdouble)
+    ),
+    "num_global_experts": lambda: maj.select_moe_implementation(
+        (2, 128), (2, 128, 128), top_k=2, num_global_experts="4"
+    ),
     "has_bias": lambda: maj.select_router_implementation((2, 4), top_k=2, has_bias=X),
     "shape": lambda: maj.select_router_implementation((2, True), top_k=1),
     "dtype of a quantisation": lambda: masked_quant.select_quant_implementation(

@@ -57,6 +57,18 @@ def test_make_targets_exist(page):
         assert target in targets, f"{page}: make {target}"
 
 
+def test_make_without_a_target_names_the_targets():
+    """`make help` was no target, and bare make an installation."""
+    [first] = re.findall(r"\A(?:[^\n]*\n)*?([\w-]+):", text_of("Makefile"))
+    assert first == "help"
+    for arguments in ([], ["help"]):
+        said = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
+        named = re.findall(r"^  ([\w.-]+) ", said.stdout, re.M)
+        assert {"demo", "test", "examples", "lint", "docs", "gpu-test"} <= {*named}
+        assert {*named} <= {*re.findall(r"^([\w.-]+):", text_of("Makefile"), re.M)}
+
+
 def test_the_support_page_names_the_releases_of_the_code():
     page = text_of("docs/support.md")
     oldest = ".".join(map(str, select.OLDEST_JAX))

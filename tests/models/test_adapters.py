@@ -187,6 +187,17 @@ def test_maxtext_gmm_refuses_what_it_would_leave_out(options):
         maxtext.gmm(*arrays(), SIZES, **options)
 
 
+@pytest.mark.parametrize("value", [np.zeros(0), np.ones((2, 2)), jnp.ones(2)], ids=repr)
+def test_maxtext_gmm_asks_no_array_whether_it_is_true(value):
+    """NumPy's own errors came out."""
+    for name in ("use_qwix_quantization", "use_manual_quantization", "weight_gather_axes"):
+        with pytest.raises(NotImplementedError, match=rf"gmm: {name} must be left out; got "):
+            maxtext.gmm(*arrays(), SIZES, **{name: value})
+    shape = jax.ShapeDtypeStruct((M, N), F32)
+    with pytest.raises(TypeError, match="partial_sum must be a float array; got float32"):
+        maxtext.gmm(*arrays(), SIZES, partial_sum=shape)
+
+
 def test_maxtext_gmm_names_wrong_arguments():
     lhs, rhs = arrays()
     with pytest.raises(
@@ -303,6 +314,57 @@ def test_maxtext_sparse_matmul_names_wrong_arguments():
         )
 
 
+def test_maxtext_sparse_matmul_refuses_tokens_of_another_batch():
+    """As many tokens in another order of batch and length were multiplied by each other's experts."""
+    inputs, logits, w0, w1, wo, *_ = block()
+    turned = logits.reshape(logits.shape[1], logits.shape[0], -1)
+    rule = r"gate_logits must have shape \[2, 5, E\], as inputs has; got float32 \[5, 2, "
+    with pytest.raises(ValueError, match=rule):
+        maxtext.sparse_matmul(inputs, turned, None, w0, w1, wo, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["inputs", "gate_logits", "pre_bias_logits", "w0_kernel", "wo_kernel", "w1_bias"]
+)
+def test_maxtext_sparse_matmul_takes_arrays_alone(name):
+    inputs, logits, w0, w1, wo, b0, b1, bo = block()
+    given = dict(
+        zip(
+            ("inputs", "gate_logits", "pre_bias_logits", "w0_kernel", "w1_kernel", "wo_kernel"),
+            (inputs, logits, logits, w0, w1, wo),
+            strict=True,
+        )
+    )
+    given |= {"w0_bias": b0, "w1_bias": b1, "wo_bias": bo, "num_experts_per_tok": 2}
+    shape = jax.ShapeDtypeStruct(given[name].shape, F32)  # as a tensor of PyTorch: no array of jax
+    with pytest.raises(TypeError, match=rf"sparse_matmul: {name} must be a (jax|float) array"):
+        maxtext.sparse_matmul(**{**given, name: shape})
+
+
+@pytest.mark.parametrize("name", ["w0_bias", "w1_bias", "wo_bias"])
+def test_maxtext_sparse_matmul_speaks_of_its_own_biases(name):
+    inputs, logits, w0, w1, wo, b0, b1, bo = block()
+    biases = {"w0_bias": b0, "w1_bias": b1, "wo_bias": bo}
+    for value, kind in ((biases[name][:, 1:], ValueError), (True, TypeError)):
+        with pytest.raises(kind, match=rf"adapters\.maxtext\.sparse_matmul: {name} must "):
+            maxtext.sparse_matmul(
+                *(inputs, logits, None, w0, w1, wo),
+                **{**biases, name: value},
+                num_experts_per_tok=2,
+            )
+
+
+def test_maxtext_weights_of_the_configuration_may_be_ints_of_any_size():
+    """An int beyond int32 was an OverflowError of jax'."""
+    inputs, logits, w0, w1, wo, *_ = block()
+    options = {"num_experts_per_tok": 2, "routed_bias_update_rate": 2**40}
+    given = inputs, logits, None, w0, w1, wo
+    _, one, _ = maxtext.sparse_matmul(*given, load_balance_loss_weight=1, **options)
+    _, many, update = maxtext.sparse_matmul(*given, load_balance_loss_weight=2**40, **options)
+    np.testing.assert_allclose(many, 2.0**40 * one)
+    assert set(np.abs(np.asarray(update))) <= {0, 2.0**40}
+
+
 @pytest.mark.parametrize(
     "argument, value, kind",
     [
@@ -341,6 +403,14 @@ def test_haliax_ragged_dot_and_its_sum_over_the_model_axis():
         out_specs=P(),
     )
     close(jax.jit(run)(lhs, rhs, SIZES), product(lhs, rhs, SIZES))
+
+
+def test_haliax_sum_needs_the_model_axis():
+    """Outside of it jax' NameError of an unbound axis came out."""
+    with pytest.raises(ValueError, match=r"ar must be False outside of a jax\.shard_map over"):
+        haliax.ragged_dot(*arrays(), SIZES, ar=True)
+    with pytest.raises(TypeError, match="ar must be a Python bool; got int 1"):
+        haliax.ragged_dot(*arrays(), SIZES, ar=1)
 
 
 def test_haliax_kernels_are_not_ours():

@@ -226,6 +226,25 @@ def test_other_layouts_of_quantized_weights():
         apart.laid_out(pair=False)
 
 
+def test_scales_that_do_not_fit_their_matrices():
+    """Those of one expert alone were NumPy's error, and exponents in integers were taken for scales."""
+    tensors, made = deepseek(np.random.default_rng(8), N)
+    name = f"{PREFIX}1.gate_proj.weight_scale_inv"
+    for scales, kind, text in (
+        (np.ones((1, 1), np.float32), ValueError, "must have shape"),
+        (np.ones(2, np.float32), ValueError, "must have shape"),
+        (np.ones(tensors[name].shape, np.int32), TypeError, "must be a float array"),
+        (np.float32(1)[...], ValueError, "must hold scales of blocks for all experts, or for none"),
+    ):
+        with pytest.raises(kind, match=f"^from_hugging_face: tensors.* {text}.*; got "):
+            ExpertWeights.from_hugging_face(tensors | {name: scales}, PREFIX)
+    # A scale for each matrix of one kind, and of blocks for the other: gate and up stay a pair.
+    ones = {f"{PREFIX}{i}.up_proj.weight_scale_inv": np.float32(1)[...] for i in range(E)}
+    mixed = ExpertWeights.from_hugging_face(tensors | ones, PREFIX)
+    assert mixed.pair and mixed.w_gate_up[1][1].shape == (E,)
+    equal(mixed.w_gate_up[0][1], made[0][2])
+
+
 def test_faulty_files_and_tensors(tmp_path):
     from safetensors.numpy import save_file
 
@@ -243,7 +262,7 @@ def test_faulty_files_and_tensors(tmp_path):
                 f"{PREFIX}{i}.down_proj.weight_scale_inv": np.ones((1, 1), np.float32)
                 for i in range(E)
             },
-            "w_down must have scales of shape",
+            r"tensors\['.*0\.down_proj\.weight_scale_inv'\] must have shape",
         ),
     ):
         with pytest.raises(ValueError, match=f"{text}.*; got "):
@@ -256,6 +275,10 @@ def test_faulty_files_and_tensors(tmp_path):
         *(good | {"data_offsets": [a, b]} for a, b in ((-8, 0), (8, 0), (0, 7), (0.0, 8))),
         *(good | {"shape": shape} for shape in ([-1], [3], "ab", None)),
         *(good | {"dtype": dtype} for dtype in (["F32"], "F3", None)),
+        *(
+            {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+            for shape, end in (([1] * 70, 4), ([0, 2**70], 0), ({}, 4))
+        ),
         *({k: v for k, v in good.items() if k != name} for name in good),
         *(None, [], good | {"data_offsets": [0, 4, 8]}),
     ]

@@ -172,6 +172,11 @@ def test_what_is_right_already_is_not_copied():
     assert same.w_gate_up is weights.w_gate_up and same.w_down is weights.w_down
 
 
+def maxtext_with(bias_gate, bias_up):
+    weights = (np.zeros(s) for s in ((E, H, N), (E, H, N), (E, N, H)))
+    return ExpertWeights.from_maxtext(*weights, bias_gate=bias_gate, bias_up=bias_up)
+
+
 ERRORS = {
     "prefix": (
         lambda: ExpertWeights.from_hugging_face({"a.gate_up_proj": np.zeros((1, 2, 2))}, "b."),
@@ -200,6 +205,24 @@ ERRORS = {
             np.zeros((E, 2 * N, H)), np.zeros((E, H, N)), np.zeros((E, N))
         ),
         r"ExpertWeights: bias_gate_up must have shape \[4, 32\]",
+    ),
+    "weights of vLLM": (
+        lambda: ExpertWeights.from_vllm(np.zeros((2 * N, H)), np.zeros((E, H, N))),
+        "from_vllm: w13_weight must have 3 dimensions",
+    ),
+    "bias of vLLM": (
+        lambda: ExpertWeights.from_vllm(
+            np.zeros((E, 2 * N, H)), np.zeros((E, H, N)), None, np.zeros(H)
+        ),
+        "from_vllm: w2_bias must have 2 dimensions",
+    ),
+    "half a bias": (  # NumPy's words on arrays that are joined
+        lambda: maxtext_with(np.zeros((E + 1, N)), np.zeros((E, N))),
+        r"from_maxtext: bias_gate must have shape \[4, 16\] beside wi_0",
+    ),
+    "the other half": (  # its width with the first one's was that of both
+        lambda: maxtext_with(np.zeros((E, N - 1)), np.zeros((E, N + 1))),
+        r"from_maxtext: bias_gate must have shape \[4, 16\] beside wi_0",
     ),
     "one bias": (
         lambda: ExpertWeights.from_maxtext(
@@ -262,6 +285,13 @@ def test_what_a_loader_does_not_take_is_a_type_error():
                 call(value)
             start = f"{function}: {argument} must "
             assert str(raised.value).startswith(start) and "; got " in str(raised.value)
+
+
+def test_biases_that_are_joined_are_arrays():
+    """Weights may be shapes alone, as of jax.eval_shape; NumPy cannot join those."""
+    shape = jax.ShapeDtypeStruct((E, N), np.float32)
+    with pytest.raises(TypeError, match="^from_maxtext: bias_gate must be an array"):
+        maxtext_with(shape, shape)
 
 
 def test_layers_and_matrices_that_are_not_there():

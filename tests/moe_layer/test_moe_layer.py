@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 import moe_align_jax as maj
 from moe_align_jax._grouped_matmul import kernel
 from moe_align_jax._moe_layer import plan
-from tests.matmul.oracle import error
+from tests.matmul.oracle import ACTIVATIONS, error
 from tests.moe_layer import oracle
 
 gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
@@ -533,6 +533,33 @@ def mesh_of(count, axis_type):
     return jax.make_mesh((count,), ("ep",), axis_types=(axis_type,))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_every_activation_where_tokens_are_split(activation):
+    """jax 0.12.0's derivative of erf, and so that of "gelu", does not trace in such a map."""
+    mesh, rng = mesh_of(2, AxisType.Auto), np.random.default_rng(3)
+    x, first, second = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((8, 4), (2, 4, 6), (2, 6, 4))
+    )
+    ids, weights = np.arange(8, dtype=np.int32)[:, None] % 2, np.ones((8, 1), np.float32)
+
+    def layer(*operands):
+        return maj.fused_moe(*operands, activation=activation, gated=False)
+
+    specs = (Spec("ep"), Spec(), Spec(), Spec("ep"), Spec("ep"))
+    split = jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=Spec("ep"))
+    total = jax.jit(jax.grad(lambda x, first: split(x, first, second, weights, ids).sum(), (0, 1)))
+    d_x, d_first = total(x, first)
+    wanted_x, wanted_first = np.zeros((8, 4)), np.zeros((2, 4, 6))
+    for t, e in enumerate(ids[:, 0]):
+        before, step = x[t].astype(float) @ first[e], 1e-6
+        act = ACTIVATIONS[activation]
+        slope = (act(before + step) - act(before - step)) / (2 * step) * second[e].sum(axis=1)
+        wanted_x[t] = first[e].astype(float) @ slope
+        wanted_first[e] += np.outer(x[t], slope)
+    np.testing.assert_allclose(d_x, wanted_x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(d_first, wanted_first, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 13], ids=["pairs", "blocks"])
 def test_shard_map_splits_the_experts(tokens):
     """Expert parallelism by a map: each device its experts, and one sum over the devices."""
@@ -931,6 +958,17 @@ def test_errors_name_the_argument_and_a_remedy(name):
     changes, kind, text = ERRORS[name]
     with pytest.raises(kind, match=rf"^fused_moe: {text}.*; got .*\. .+\.?$"):
         maj.fused_moe(**replaced(**changes()))
+
+
+def test_one_matrix_in_place_of_gate_and_up_is_told_apart_from_transposed_ones():
+    """The remedy spoke of transpose_rhs alone."""
+    for changes, remedy in (
+        ({"w_down": jnp.zeros((4, 32, 24))}, "holds gate and up, 2 N columns: pass gated=False"),
+        ({"activation": None}, "holds gate and up only with gated=True and an activation"),
+        ({"w_down": jnp.zeros((4, 24, 16))}, "Both follow transpose_rhs"),
+    ):
+        with pytest.raises(ValueError, match=rf"^fused_moe: w_down must .*; got .*\. .*{remedy}"):
+            maj.fused_moe(**replaced(**changes))
 
 
 def test_a_named_implementation_that_cannot_run():

@@ -214,6 +214,9 @@ def transform_sf_into_required_layout(
     if sf.dtype != torch.float32:
         remedy = "Packed exponents are the layout of Blackwell."
         checks.refuse(NotImplementedError, function, "sf", "be float32 on Hopper", sf, remedy)
+    if what := _checks.not_dense(sf):
+        remedy = "Call to_dense() first."
+        checks.refuse(TypeError, function, "sf", "be a dense tensor", what, remedy)
     remedy = "Pass the sizes of the tensor that sf belongs to."
     mn, k = (checks.check_int(function, n, x, 0, remedy) for n, x in (("mn", mn), ("k", k)))
     if num_groups is not None:

@@ -182,6 +182,9 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
             what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
             rule = "be a torch.Tensor"
             raise TypeError(checks.message(_FUNCTION, argument, rule, what, remedy))
+        if tensor.is_nested:  # it has no shape to ask for
+            rule, what = "be a dense tensor", "a nested tensor"
+            raise TypeError(checks.message(_FUNCTION, argument, rule, what, _REMEDY))
         _checks.check_no_gradient(_FUNCTION, argument, tensor)
     x, masked_m, output, output_scale = tensors.values()
     _checks.check_bool(_FUNCTION, "scale_ue8m0", ue8m0)
