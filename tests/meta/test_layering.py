@@ -503,6 +503,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.cli": {
         "lazily moe_align_jax._cli",
     },
+    "moe_align_jax._traces": set(),
     "moe_align_jax._cli": {
         "moe_align_jax",
     },
