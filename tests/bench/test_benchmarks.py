@@ -12,7 +12,7 @@ import pytest
 from benchmarks import cases, fetch, peers, report, run, timing
 from benchmarks import rows as rows_of
 from benchmarks.cases import Case, expected, mismatch
-from moe_align_jax._cli import traces
+from moe_align_jax import _traces as traces
 from moe_align_jax._cli.demo import plain_loop
 from tests import helpers
 
@@ -369,7 +369,7 @@ def test_span_without_a_gpu_is_wall_time_and_says_so():
 
 def test_one_trace_of_several_programs_is_cut_into_each_ones_executions():
     """Two programs, of 2 and 3 kernels, 3 executions each, by hand."""
-    from moe_align_jax._cli.traces import Event, spans_in_order
+    from moe_align_jax._traces import Event, spans_in_order
 
     events, now = [], 0.0
     for kernels, length in ((2, 1000.0), (3, 500.0)):

@@ -20,7 +20,7 @@ from tests.matmul import oracle
 from tests.matmul.test_matmul import columns_of, routed
 from tests.matmul.test_matmul_forms import check as check_form
 from tests.matmul.test_matmul_forms import made
-from tests.no_gpu import matmul as no_gpu
+from tests.no_gpu import matmul_cases
 
 gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -751,7 +751,7 @@ def test_halves_are_left_out_of_tiles_that_can_do_without():
 
 def test_pieces_in_shared_memory_divide_those_of_a_tile():
     """A slot is otherwise written for the next tile while the last store may still read it."""
-    for _, problem, config in no_gpu.problems():
+    for _, problem, config in matmul_cases.problems():
         if not isinstance(config, Config):  # of the kernel that sums up a token's pairs: no pieces
             continue
         shape = shape_of(problem, config)
