@@ -154,14 +154,14 @@ def test_gpu_memory_falls_before_the_program_has_run(family):
     """XLA is busy; torch has the inputs' memory back, and results are right although it reuses it."""
     inputs, call, check = family("cuda")
     check(call(*inputs))  # compiled
+    sizes = [x.untyped_storage().nbytes() for x in inputs]
     busy = _busy_jax()
     got = call(*inputs)
-    sizes = [x.untyped_storage().nbytes() for x in inputs]
     before = torch.cuda.memory_allocated()
     del inputs
-    fallen = before - torch.cuda.memory_allocated()
+    fallen, ended = before - torch.cuda.memory_allocated(), busy.is_ready()
     again = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in sizes]
-    assert not busy.is_ready(), "XLA was not busy for long enough: this test says nothing"
+    assert not ended, "XLA was not busy for long enough: this test says nothing"
     assert fallen >= sum(sizes)
     check(got)
     assert all(bool((x == 0xFF).all()) for x in again)
