@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_align_jax._core import checks, fork
+from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._expert_load import arguments
 from moe_align_jax._expert_load.ring import (
     HEADER,
@@ -304,7 +305,7 @@ def record_expert_load(
         key = str(index)
         if key in load.pending:
             before = load.pending[key]
-            part = jnp.concatenate([before, part]) if per_token else before + part
+            part = jnp.concatenate([before, part]) if per_token else _added(before, part)
         return dataclasses.replace(load, pending={**load.pending, key: part})
     if load.pending:
         rule, got = "be a layer while single layers are pending", f"None with {len(load.pending)}"
@@ -490,6 +491,12 @@ def _commit(
             ring, control = lax.optimization_barrier((ring, control))
             control = control + 2 * (control & np.array([[0, 1]], np.int32))
     return dataclasses.replace(load, ring=ring, control=control)
+
+
+def _added(before: jax.Array, part: jax.Array) -> jax.Array:
+    """Their sum, negative counts taken as zero before, and at most what int32 holds."""
+    total = jnp.maximum(before, 0) + jnp.maximum(part, 0)
+    return jnp.where(total < 0, INT32_MAX, total)  # a sum of two wraps once
 
 
 def _count_rows(parts: Any, layout: Layout) -> list[Any]:

@@ -184,7 +184,8 @@ def check_x_scales(
             rule += ", or be a scalar"
         remedy = "One scale for each row and 128 columns; quantize_rowwise makes them."
         checks.refuse(ValueError, function, argument, rule, scales, remedy)
-    if len(fitting) == 2 and 0 not in scales.shape:
+    one = most == words == 1  # of each expert, if x is of experts: in both layouts it lies alike
+    if len(fitting) == 2 and not one and 0 not in scales.shape:
         rule = "be given where scales fit both layouts"
         got = f"None for scales {checks.describe(scales)} of {most} rows"
         remedy = 'Pass "row_major" or "column_major".'

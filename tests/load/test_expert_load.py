@@ -170,6 +170,16 @@ def test_a_layer_recorded_twice_is_summed_and_a_missing_one_is_zero():
     np.testing.assert_array_equal(got, want)
 
 
+def test_micro_batches_of_a_layer_are_added_as_one_pass_counts():
+    """Sums wrapped, so that the busiest expert had no tokens, and a negative count took from the other's."""
+    most = 2**31 - 1
+    load = make("stat")
+    for counts in ([most, most, 5, -7, 4], [most, 1, -9, -7, 6], [1, 1, 3, 8, 0]):
+        load = maj.record_expert_load(load, 1, np.array(counts + [0] * (EXPERTS - 5), np.int32))
+    got = maj.collect_expert_load(maj.commit_expert_load(load)).physical_count[0, 1, :5]
+    assert got.tolist() == [most, most, 8, 8, 10]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("passes", [0, 1, 4, 5, 6, 15, 17])
 def test_ring_keeps_the_last_passes_in_order(mode, passes):

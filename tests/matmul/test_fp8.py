@@ -297,6 +297,19 @@ def test_scales_that_fit_two_layouts_are_asked_for():
     assert (np.asarray(rows) != 0).any()
 
 
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0_packed"])
+def test_one_scale_lies_alike_in_both_layouts(scale_format):
+    """One row of 128 columns, a decode step of a small model, was asked for its layout."""
+    rng = np.random.default_rng(1)
+    (values, scales), wide = make_x(rng, (1,), 128, {"scale_format": scale_format})
+    w, wide_w = make_w(rng, 1, 8, 128, BLOCKS)
+    aligned = maj.moe_align_block_size(np.zeros((1, 1), np.int32), block_size=1, num_experts=1)
+    got = maj.grouped_matmul(
+        *((values, scales), w, aligned), block_size=1, top_k=1, transpose_rhs=True
+    )
+    np.testing.assert_allclose(np.asarray(got, np.float64)[0], wide_w[0] @ wide[0], rtol=0.02)
+
+
 def test_transformations():
     """jit, vmap, scan, shard_map with check_vma, and export for two platforms."""
     x, w, options, want = make_masked({"scale_layout": "column_major"}, k=128, n=8)

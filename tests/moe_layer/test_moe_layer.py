@@ -808,7 +808,7 @@ def replaced(**changes):
 
 ERRORS = {
     "x": (lambda: {"x": jnp.zeros((13, 24), jnp.int32)}, TypeError, "x must be one of"),
-    "x_axes": (lambda: {"x": jnp.zeros((2, 13, 24))}, ValueError, r"x must have shape"),
+    "x_axes": (lambda: {"x": np.zeros((2, 13, 24), np.float32)}, ValueError, r"x must have shape"),
     "w_dtype": (
         lambda: {"w_down": jnp.zeros((4, 16, 24), jnp.bfloat16)},
         TypeError,
@@ -820,32 +820,37 @@ ERRORS = {
         r"w_gate_up must have shape \[E, 2 N, H\] with H = 24",
     ),
     "w_down": (
-        lambda: {"w_down": jnp.zeros((4, 24, 16))},
+        lambda: {"w_down": np.zeros((4, 24, 16), np.float32)},
         ValueError,
         r"w_down must have shape \[E, N, H\] = \[4, 16, 24\], as w_gate_up has",
     ),
     "no_experts": (
-        lambda: {"w_gate_up": jnp.zeros((0, 24, 32)), "w_down": jnp.zeros((0, 16, 24))},
+        lambda: {
+            "w_gate_up": np.zeros((0, 24, 32), np.float32),
+            "w_down": np.zeros((0, 16, 24), np.float32),
+        },
         ValueError,
         "w_gate_up must hold at least one expert",
     ),
     "odd": (
-        lambda: {"w_gate_up": jnp.zeros((4, 24, 33))},
+        lambda: {"w_gate_up": np.zeros((4, 24, 33), np.float32)},
         ValueError,
         "w_gate_up must have shape",
     ),
     "pair": (
-        lambda: {"w_gate_up": (jnp.zeros((4, 24, 16)),)},
+        lambda: {"w_gate_up": (np.zeros((4, 24, 16), np.float32),)},
         ValueError,
         r"w_gate_up must be an array or a pair \(gate, up\)",
     ),
     "pair_shapes": (
-        lambda: {"w_gate_up": (jnp.zeros((4, 24, 16)), jnp.zeros((4, 24, 8)))},
+        lambda: {
+            "w_gate_up": (np.zeros((4, 24, 16), np.float32), np.zeros((4, 24, 8), np.float32))
+        },
         ValueError,
         r"w_gate_up\[1\] must have the shape of gate",
     ),
     "pair_not_gated": (
-        lambda: {"w_gate_up": (jnp.zeros((4, 24, 16)),) * 2, "gated": False},
+        lambda: {"w_gate_up": (np.zeros((4, 24, 16), np.float32),) * 2, "gated": False},
         ValueError,
         "w_gate_up must be one array",
     ),
@@ -861,7 +866,7 @@ ERRORS = {
         "swiglu_limit must be None",
     ),
     "bias": (
-        lambda: {"bias_gate_up": jnp.zeros((4, 16))},
+        lambda: {"bias_gate_up": np.zeros((4, 16), np.float32)},
         ValueError,
         r"bias_gate_up must have shape \[4, 32\]",
     ),
@@ -883,7 +888,7 @@ ERRORS = {
         "topk_weights must be a float array",
     ),
     "weights_shape": (
-        lambda: {"topk_weights": jnp.zeros((13, 3))},
+        lambda: {"topk_weights": np.zeros((13, 3), np.float32)},
         ValueError,
         r"topk_weights must have the shape of topk_ids, \[13, 2\]",
     ),
@@ -963,9 +968,12 @@ def test_errors_name_the_argument_and_a_remedy(name):
 def test_one_matrix_in_place_of_gate_and_up_is_told_apart_from_transposed_ones():
     """The remedy spoke of transpose_rhs alone."""
     for changes, remedy in (
-        ({"w_down": jnp.zeros((4, 32, 24))}, "holds gate and up, 2 N columns: pass gated=False"),
+        (
+            {"w_down": np.zeros((4, 32, 24), np.float32)},
+            "holds gate and up, 2 N columns: pass gated=False",
+        ),
         ({"activation": None}, "holds gate and up only with gated=True and an activation"),
-        ({"w_down": jnp.zeros((4, 24, 16))}, "Both follow transpose_rhs"),
+        ({"w_down": np.zeros((4, 24, 16), np.float32)}, "Both follow transpose_rhs"),
     ):
         with pytest.raises(ValueError, match=rf"^fused_moe: w_down must .*; got .*\. .*{remedy}"):
             maj.fused_moe(**replaced(**changes))
