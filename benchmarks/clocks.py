@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import Writer, parse, read, reason_of, statistics_of
-from moe_align_jax._cli import traces
+from moe_align_jax import _traces as traces
 
 # What XLA puts into CUDA graphs, by the flags of the process.
 LAUNCHES = {

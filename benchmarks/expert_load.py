@@ -27,7 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import machine, timing  # noqa: E402
 from benchmarks.rows import Row, Writer  # noqa: E402
-from moe_align_jax._cli import traces  # noqa: E402
+from moe_align_jax import _traces as traces  # noqa: E402
 
 BLOCK = 16
 RING = 8  # passes: enough to wrap

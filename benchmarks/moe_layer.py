@@ -58,7 +58,7 @@ def spans(run: Callable[[], Any], executions: int) -> tuple[list[float], dict[st
     """µs per layer on the device, a value per step; and the kernels of a layer and their times."""
     import jax
 
-    from moe_align_jax._cli import traces
+    from moe_align_jax import _traces as traces
 
     for _ in range(4):  # XLA records its CUDA graph after the first executions
         jax.block_until_ready(run())

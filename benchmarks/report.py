@@ -1,6 +1,6 @@
 """Tables and pictures from JSONL rows: the median run of each cell, losses as plain as wins.
 
-python -m benchmarks.report benchmarks/results/*/{align,union,compile}-*.jsonl \\
+python -m benchmarks.report benchmarks/results/nvidia_h200/{align,union,compile}-*.jsonl \\
     --readme README.md --update docs/performance.md --plots docs/figures
 """
 
@@ -213,8 +213,8 @@ def losses(rows: Rows) -> str:
     if not compared:
         return "Nothing to compare with here."
     if not lost:
-        return f"Of {compared} comparisons we lose none."
-    return f"Of {compared} comparisons we lose {len(lost)}: {', '.join(lost)}."
+        return f"Ours is slower in none of {compared} comparisons."
+    return f"Ours is slower in {len(lost)} of {compared} comparisons: {', '.join(lost)}."
 
 
 def update(path: str | Path, text: str) -> None:

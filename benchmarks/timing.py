@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_align_jax._cli import traces
+from moe_align_jax import _traces as traces
 
 _READ_BYTES = 1 << 30
 _READ_ROWS = (1024, 4096, 16384)  # of a read's shapes, the fastest of which counts

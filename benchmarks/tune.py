@@ -290,8 +290,8 @@ def measure_on_gpu(cell: Cell, configs: Sequence[Config]) -> list[float | str]:
     """Compiles, verifies and times each config: device span per call within one jit, in one trace."""
     import jax
 
+    from moe_align_jax import _traces as traces
     from moe_align_jax._align import kernels as block_align
-    from moe_align_jax._cli import traces
     from moe_align_jax._simt import mosaic
 
     problem = cell.problem

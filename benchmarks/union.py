@@ -229,8 +229,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         lost = sum(value < 1 for value in values)
         mean = geomean(values)
         lines.append(
-            f"{provider} against {ours}: {len(group)} sizes, geometric mean {mean:.2f}x, worst "
-            f"{values[0]:.2f}x ({group[0][1]}), slower than it at {lost}"
+            f"{provider} over {ours}: {len(group)} sizes, geometric mean {mean:.2f}x, least "
+            f"{values[0]:.2f}x ({group[0][1]}), {ours} is slower at {lost}"
         )
     return lines
 

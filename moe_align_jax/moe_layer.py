@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +184,92 @@ def fused_moe(
     weights_on_input = check_flag(function, "weights_on_input", weights_on_input)
     counted = check_flag(function, "return_tokens_per_expert", return_tokens_per_expert)
     out_dtype = matmul_arguments.result_dtype(function, values, preferred_element_type)
+    has_bias_down, e4m3 = bias_down is not None, x_scales is not None
+    blocks = _blocks_of(
+        function,
+        topk_ids,
+        experts,
+        kind=plan.kind_of_blocks(weights, hidden, ffn, e4m3, has_bias_down),
+        block_size=block_size,
+        aligned=aligned,
+        expert_map=expert_map,
+        expert_location=expert_location,
+        num_valid_tokens=num_valid_tokens,
+        counted=counted,
+        implementation=implementation,
+    )
+    problem = LayerProblem(
+        tokens,
+        topk_ids.shape[1],
+        hidden,
+        ffn,
+        experts,
+        str(values.dtype),
+        out_dtype,
+        weights,
+        has_bias_down,
+        weights_on_input,
+        blocks.size,
+        blocks.where[0].shape[0],
+        blocks.as_pairs,
+        blocks.checked,
+        scaled.scales,
+        scaled.down,
+    )
+    problem = forms.planned(problem)
+    operands = layer.Operands(
+        *(values, first, down, bias_gate_up, bias_down, topk_weights, tuple(blocks.where)),
+        *(blocks.row_of_pair, scaled.arrays, scaled.down_arrays),
+    )
+    operands = _check_operands(function, problem, operands)
+    if problem.scales is None:  # e4m3 has no derivative at all
+        operands = reverse_mode_only(function, operands)
+    with in_our_words(function):
+        y = layer.run(operands, problem=problem, implementation=implementation)
+    return (y, blocks.counts) if counted else y
+
+
+class _Blocks(NamedTuple):
+    """The blocks that a layer's products take, and which row is whose.
+
+    Attributes:
+        where: sorted_token_ids, expert_ids and num_tokens_post_padded.
+        row_of_pair: see `AlignedBlocks`.
+        counts: pairs of each expert, if they are asked for.
+        size: rows of a block.
+        as_pairs: whether each pair is a block of its own.
+        checked: whether a block may have an expert that is none of the layer's.
+    """
+
+    where: Any
+    row_of_pair: Any
+    counts: Any
+    size: int
+    as_pairs: bool
+    checked: bool
+
+
+def _blocks_of(
+    function: str,
+    topk_ids: Any,
+    experts: int,
+    *,
+    kind: Any,
+    block_size: Any,
+    aligned: AlignedBlocks | None,
+    expert_map: Any,
+    expert_location: ExpertLocation | None,
+    num_valid_tokens: Any,
+    counted: bool,
+    implementation: Implementation | None,
+) -> _Blocks:
+    """The blocks of a layer: those that the caller brings, those of an alignment, or the pairs themselves.
+
+    Args:
+        kind: of the blocks, which tells their usual size: of `plan.kind_of_blocks`.
+        counted: whether the pairs of each expert are asked for.
+        The others are those of `fused_moe`.
+    """
     if block_size is not None:
         block_size = checks.check_block_size(function, block_size)
     elif aligned is not None:
@@ -200,71 +286,38 @@ def fused_moe(
     slots = _num_slots(function, experts, expert_map)
     if expert_location is not None:
         _check_location(function, expert_location, slots)
-    top_k = topk_ids.shape[1]
+    tokens, top_k = topk_ids.shape
     pairs = tokens * top_k
-    as_pairs = aligned is None and plan.without_alignment(pairs, slots)
-    if as_pairs:
-        block_size = 1
-    has_bias_down, e4m3 = bias_down is not None, x_scales is not None
-    kind = plan.kind_of_blocks(weights, hidden, ffn, e4m3, has_bias_down)
-    block_size = block_size or plan.block_size_for(pairs, slots, kind)
-    if aligned is None and not as_pairs:
-        capacity_of(function, pairs, block_size, slots, False)  # refuses in this function's name
-        aligned = block_align.moe_align_block_size(
-            topk_ids,
-            block_size=block_size,
-            num_experts=slots,
-            expert_map=expert_map,
-            ignore_invalid_experts=expert_map is not None,
-            num_valid_pairs=_num_valid_pairs(function, num_valid_tokens, tokens, top_k),
-            return_inverse=True,
-            expert_location=expert_location,
-            # Where the kernels cannot run, the products say so, in this function's name.
-            implementation=None if implementation == "mosaic_gpu" else implementation,
-        )
-        check_blocks = expert_map is not None
-        counts: Any = aligned.tokens_per_expert[:experts] if counted else None
-        where: Any = aligned[:3]
-        row_of_pair = aligned.row_of_pair
-    elif aligned is not None:
-        where, row_of_pair = _check_aligned(function, aligned, block_size, pairs, experts)
-        check_blocks = True
-        counts = aligned.tokens_per_expert
-    else:
+    if aligned is None and plan.without_alignment(pairs, slots):
         where, row_of_pair = _blocks_of_pairs(
             function, topk_ids, experts, slots, expert_map, expert_location, num_valid_tokens
         )
-        check_blocks = False
         counts = _count(where[1], experts=experts) if counted else None
-    problem = LayerProblem(
-        tokens,
-        top_k,
-        hidden,
-        ffn,
-        experts,
-        str(values.dtype),
-        out_dtype,
-        weights,
-        has_bias_down,
-        weights_on_input,
-        block_size,
-        where[0].shape[0],
-        as_pairs,
-        check_blocks,
-        scaled.scales,
-        scaled.down,
+        return _Blocks(where, row_of_pair, counts, 1, as_pairs=True, checked=False)
+    block_size = block_size or plan.block_size_for(pairs, slots, kind)
+    if aligned is not None:
+        where, row_of_pair = _check_aligned(function, aligned, block_size, pairs, experts)
+        counts = aligned.tokens_per_expert
+        return _Blocks(where, row_of_pair, counts, block_size, as_pairs=False, checked=True)
+    capacity_of(function, pairs, block_size, slots, False)  # refuses in this function's name
+    made = block_align.moe_align_block_size(
+        topk_ids,
+        block_size=block_size,
+        num_experts=slots,
+        expert_map=expert_map,
+        ignore_invalid_experts=expert_map is not None,
+        num_valid_pairs=_num_valid_pairs(function, num_valid_tokens, tokens, top_k),
+        return_inverse=True,
+        expert_location=expert_location,
+        # Where the kernels cannot run, the products say so, in this function's name.
+        implementation=None if implementation == "mosaic_gpu" else implementation,
     )
-    problem = forms.planned(problem)
-    operands = layer.Operands(
-        *(values, first, down, bias_gate_up, bias_down, topk_weights, tuple(where), row_of_pair),
-        *(scaled.arrays, scaled.down_arrays),
+    counts = made.tokens_per_expert[:experts] if counted else None
+    return _Blocks(
+        *(made[:3], made.row_of_pair, counts, block_size),
+        as_pairs=False,
+        checked=expert_map is not None,
     )
-    operands = _check_operands(function, problem, operands)
-    if problem.scales is None:  # e4m3 has no derivative at all
-        operands = reverse_mode_only(function, operands)
-    with in_our_words(function):
-        y = layer.run(operands, problem=problem, implementation=implementation)
-    return (y, counts) if counted else y
 
 
 def _num_slots(function: str, experts: int, expert_map: Any) -> int:

@@ -242,19 +242,20 @@ def _by_jax(
     implementation = jax_route.implementation_for(function, plain, platform, forced)
     boundary = dlpack.alignment(device.type, implementation)
     with dlpack.on_device(device):
-        shared = {
-            name: dlpack.share(dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x)
+        inputs = {
+            name: dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x
             for name, x in operands.items()
             if name != "is_padding"
         }
-        arrays = jax_route.run(
-            shared["logits"],
-            shared.get("correction_bias"),
-            problem=plain,
-            implementation=implementation,
+        views = weights, ids = dlpack.call_jax(
+            lambda arrays: jax_route.run(
+                arrays["logits"],
+                arrays.get("correction_bias"),
+                problem=plain,
+                implementation=implementation,
+            ),
+            inputs,
         )
-        views = [dlpack.to_torch(x) for x in arrays]
-        weights, ids = views
         if problem.has_padding:
             is_padding = operands["is_padding"].bool()[:, None]
             ids = ids.masked_fill(is_padding, -1)

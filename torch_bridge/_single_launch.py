@@ -1,18 +1,17 @@
 """What ops of a single launch share, the alignment aside: a program, known calls, memory on the boundary."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from torch_bridge import _plan
-from torch_bridge._direct import fast_path, store
+from torch_bridge._direct import known_calls, store
 from torch_bridge._direct.problems import KernelProblem
 from torch_bridge._direct.program import LoadedProgram
 
 # Kernels take their pointers for 256-byte aligned.
 ALIGNMENT = 256
-_MAX_KNOWN, _MAX_APART = 1 << 12, 16
 # What a call is known by: the op's name and the caller's options.
 type Key = tuple[Any, ...]
 
@@ -63,33 +62,11 @@ def on_boundary(tensor: torch.Tensor) -> torch.Tensor:
     return memory_beside(tensor).copy_(tensor) if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-class _KnownCall(NamedTuple):
-    """A call that was launched on its tensors as they lay.
-
-    Attributes:
-        programs: the store of its program.
-        launch: of the program.
-        device: its index.
-        matches: whether other tensors are like those of the call, but for where they lie.
-        values: what the launch gets, in order: (True, which tensor's pointer) or (False, a number).
-        sizes: bytes of each tensor.
-        apart: pointers that were seen to overlap nowhere.
-    """
-
-    programs: store.Store
-    launch: Callable[..., None]
-    device: int
-    matches: Callable[..., bool]
-    values: list[tuple[bool, int]]
-    sizes: list[int]
-    apart: set[tuple[int, ...]]
-
-
 class KnownCalls:
     """Calls of some ops that were launched: one like an earlier one is launched without checks and plan."""
 
     def __init__(self) -> None:
-        self._known: dict[Key, _KnownCall] = {}
+        self._calls = known_calls.KnownCalls[Callable[[tuple[int, ...]], None]](num_shapes=1)
 
     def repeat(self, key: Key, tensors: Sequence[torch.Tensor | None]) -> bool:
         """Does a call if an earlier one was like it. A call that is not valid is like none.
@@ -98,36 +75,12 @@ class KnownCalls:
             key: the op, and the options as the caller gave them, unchecked.
             tensors: what the caller gave, unchecked, None where there is none.
         """
-        first = tensors[0]
-        # Asked first: what is known would otherwise be a part of what a compiled graph depends on.
-        if not fast_path.open_to_all() or not self._known or not isinstance(first, torch.Tensor):
-            return False
         there = [x for x in tensors if x is not None]
-        for tensor in there:
-            if type(tensor) not in fast_path.PLAIN or tensor.is_nested:
-                return False
-        try:
-            known = self._known.get(_full_key(key, tensors))
-        except TypeError:  # an option that is no key
+        found = self._calls.find(_full_key(key, tensors), there)
+        if found is None:
             return False
-        if (
-            known is None
-            or known.programs is not store.here
-            or known.programs.machine.current_device() != known.device
-            or not known.matches(*there)
-        ):
-            return False
-        pointers = tuple([tensor.data_ptr() for tensor in there])
-        if pointers not in known.apart:
-            end = 0
-            for start, size in sorted(zip(pointers, known.sizes, strict=True)):
-                if start < end or start % ALIGNMENT:
-                    return False
-                end = start + size
-            if len(known.apart) >= _MAX_APART:
-                known.apart.clear()
-            known.apart.add(pointers)
-        known.launch(*[pointers[n] if is_pointer else n for is_pointer, n in known.values])
+        launch, pointers = found
+        launch(pointers)
         return True
 
     def remember(
@@ -151,23 +104,13 @@ class KnownCalls:
         for x in there.values():
             if x.data_ptr() % ALIGNMENT or not x.is_contiguous() or x.is_neg() or not x.numel():
                 return
-        at = {name: index for index, name in enumerate(there)}
-        values = [(name in at, at[name] if name in at else sizes[name] << 8) for name in names]
-        if len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
-        listed = list(there.values())
-        self._known[_full_key(key, [*tensors.values()])] = _KnownCall(
-            store.here,
-            program.launch,
-            listed[0].get_device(),
-            fast_path.matcher(*listed),
-            values,
-            [x.nbytes for x in listed],
-            set(),
-        )
+        which = {name: k for k, name in enumerate(there)}
+        numbers = {name: size << 8 for name, size in sizes.items()}
+        launch = known_calls.launch_of(program.launch, names, which, numbers)
+        full, listed = _full_key(key, [*tensors.values()]), [*there.values()]
+        self._calls.keep(full, listed, launch, masks=[ALIGNMENT - 1] * len(listed), writes=True)
 
 
 def _full_key(key: Key, tensors: Sequence[torch.Tensor | None]) -> Key:
     """With what else tells a call: 1, 1.0 and True are equal, so the types count."""
-    assert tensors[0] is not None
-    return (*key, *map(type, key), tensors[0].shape, *[x is None for x in tensors])
+    return (*key, *map(type, key), *[x is None for x in tensors])

@@ -8,10 +8,11 @@ What DLPack and its two ends get wrong, and the guard here (each has a test in t
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,19 @@ else:
 _CPU_ALIGNMENT = 64
 _XLA_CUDA_ALIGNMENT = 16
 MOSAIC_ALIGNMENT = 256
+
+# The 64 bytes of DLPack's structure DLManagedTensor end with its deleter.
+_CAPSULE, _STRUCT_BYTES = b"dltensor", 64
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_new_capsule = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+)(("PyCapsule_New", ctypes.pythonapi))
+_allocate = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(
+    ("PyMem_RawMalloc", ctypes.pythonapi)
+)
+_FREE = ctypes.cast(ctypes.pythonapi.PyMem_RawFree, ctypes.c_void_p).value
 
 _DTYPES = (
     torch.bool,
@@ -120,8 +134,63 @@ def current_device_kept() -> Iterator[None]:
         torch.cuda.set_device(before)
 
 
+class _Lent:
+    """A tensor for jax to import, whose memory jax uses and does not hold.
+
+    DLPack's consumer owns what it imports until it calls the deleter. jax does that when its programs have
+    ended, at a moment that no one can tell. So jax gets a copy of the structure that torch made, whose
+    deleter frees this copy and nothing else. XLA calls it in any thread: PyMem_RawFree needs no GIL.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor = tensor
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        return self._tensor.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+        # torch's capsule stays unused, and is kept during the import: the shape lies in its memory.
+        self._capsule = self._tensor.__dlpack__(stream=stream)
+        copy = _allocate(_STRUCT_BYTES)
+        if copy is None:
+            raise MemoryError
+        ctypes.memmove(copy, _pointer_of(self._capsule, _CAPSULE), _STRUCT_BYTES)
+        ctypes.c_void_p.from_address(copy + _STRUCT_BYTES - 8).value = _FREE
+        return _new_capsule(copy, _CAPSULE, None)
+
+
 def share(tensor: torch.Tensor) -> "jax.Array":
-    """A jax array on the tensor's memory. The tensor was checked; a copy would be an error."""
+    """A jax array on an operator's tensor, for `call_jax`: on CUDA jax does not hold the memory."""
+    return _imported(tensor, _Lent(tensor) if tensor.is_cuda else tensor)
+
+
+def call_jax(
+    program: Callable[[dict[str, Any]], Sequence[Any]], inputs: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """The results of a jax program, in XLA's memory. On CUDA torch's current stream waits for it.
+
+    Behind that wait torch may use the inputs' memory again, as behind any operator on its current stream.
+    It is given back when the operator and its caller drop the inputs, not when jax has seen its program
+    end: torch's CUDA-graph trees need inputs to die at the same point of every call. Keep the inputs until
+    the results have been copied: a program may return one of them.
+
+    Args:
+        program: called with the arrays, by name.
+        inputs: checked tensors of one device, compact.
+    """
+    arrays = {name: share(tensor) for name, tensor in inputs.items()}
+    try:
+        return [to_torch(result) for result in program(arrays)]
+    except BaseException:
+        # The program may be running, and no stream waits for it: the host does.
+        device = next(iter(inputs.values())).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        raise
+
+
+def _imported(tensor: torch.Tensor, source: Any) -> "jax.Array":
+    """`source` (the tensor, which was checked, or its `_Lent`) as a jax array. A copy would be an error."""
     import jax
 
     wide = tensor.dtype.itemsize >= 8
@@ -130,7 +199,7 @@ def share(tensor: torch.Tensor) -> "jax.Array":
         on_device(tensor.device),
         jax.enable_x64(True) if wide else contextlib.nullcontext(),
     ):
-        return jax.dlpack.from_dlpack(tensor, copy=False)
+        return jax.dlpack.from_dlpack(source, copy=False)
 
 
 def check_not_capturing(function: str, device: torch.device) -> None:
@@ -262,7 +331,7 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
             )
         with on_device(tensor.device):
             tensor = compact_copy(tensor)
-    return share(tensor)
+    return _imported(tensor, tensor)  # jax holds the memory
 
 
 def check_tensor(function: str, argument: str, tensor: object) -> None:

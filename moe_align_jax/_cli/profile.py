@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_align_jax import _traces as traces
 from moe_align_jax import moe_align_block_size, select_implementation
-from moe_align_jax._cli import folders, traces
+from moe_align_jax._cli import folders
 from moe_align_jax._cli.demo import Routing, route
 
 _SHOWN = 12  # names in the table; the rest is summed

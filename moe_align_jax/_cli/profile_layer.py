@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_align_jax import _traces as traces
 from moe_align_jax import fused_moe, route_topk, select_moe_implementation
-from moe_align_jax._cli import folders, profile, traces
+from moe_align_jax._cli import folders, profile
 from moe_align_jax.types import Implementation
 
 _SHOWN = 12  # operations in the table; the rest is summed

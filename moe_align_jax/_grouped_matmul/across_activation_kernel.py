@@ -128,95 +128,18 @@ def build(
     The results have the shapes of products and of g, and `[P, parts, tile]` in float32.
     """
     rows, n = problem.product.out_shape
-    block = problem.product.block_size
-    dtype, groups, tile = jnp.dtype(problem.product.dtype), n // GROUP, sizes.tile
-    layout: Any = None if interpret else _layout(tile)
+    groups, dtype, like = n // GROUP, jnp.dtype(problem.product.dtype), jax.ShapeDtypeStruct
 
-    def load(ref: Any) -> jax.Array:
-        """A tile of values from global memory, in registers."""
-        if interpret:
-            return ref[...]
-        return plgpu.load(ref, layout=layout, optimized=False)
+    def body(*refs):
+        _Loop(problem, sizes, _Refs(*refs), interpret)()
 
-    def store(ref: Any, value: jax.Array) -> None:
-        """A tile, or a vector of its sums, to global memory."""
-        if not interpret and hasattr(plgpu, "store"):
-            plgpu.store(ref, value, optimized=False)  # jax 0.12
-        else:
-            ref[...] = value
-
-    def in_layout(value: jax.Array) -> jax.Array:
-        """`[tile, 128]` as a tile lies in registers; `[tile]` as its sums do."""
-        if interpret:
-            return value
-        return plgpu.layout_cast(value, layout if value.ndim == 2 else layout.reduce(1))
-
-    def body(count_ref, scale_ref, products_ref, g_ref, toward_ref, scaled_ref, parts_ref):
-        """All parts of rows of this CTA."""
-        cta, chunks = lax.axis_index("cta"), sizes.chunks
-        used = jnp.clip(count_ref[0], 0, rows)
-        # Whole blocks: a product reads all rows of a block in use.
-        used = jnp.minimum(lax.div(used + (block - 1), _I32(block)) * block, rows)
-        mine = lax.div(used * sizes.parts - cta + (sizes.num_ctas - 1), _I32(sizes.num_ctas))
-        steps = jnp.maximum(mine, 0) * chunks
-        zeros, no_sums = in_layout(jnp.zeros((tile, GROUP), _F32)), in_layout(jnp.zeros(tile, _F32))
-
-        def place(step):
-            """Row, part, and first group of a step of this CTA."""
-            i = lax.div(step, _I32(chunks))
-            item = cta + i * sizes.num_ctas
-            row, part = lax.div(item, _I32(sizes.parts)), lax.rem(item, _I32(sizes.parts))
-            return row, part, (part * chunks + (step - i * chunks)) * tile
-
-        def ask(step):
-            """A step's scale and values (g, gate, up). Those of rows without a pair are not used."""
-            row, _, first = place(step)
-            at = pl.ds(first, tile)
-            gate, up = (load(products_ref.at[row, k, at]) for k in range(2))
-            return scale_ref[row], load(g_ref.at[row, at]), gate, up
-
-        def finish(step, total, scale, *values):
-            """Stores a step's results; the sums `[tile]` of the part up to here."""
-            row, part, first = place(step)
-            at, chunk = pl.ds(first, tile), lax.rem(step, _I32(chunks))
-            has_pair = scale != NO_PAIR
-            here = in_layout(lax.broadcast(has_pair, (tile, GROUP)))
-            g, gate, up = (lax.select(here, x.astype(_F32), zeros) for x in values)
-            scale = jnp.where(has_pair, scale, 0.0)
-            sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
-            active = gate * sigmoid
-            value = active * up
-            begins = in_layout(lax.broadcast(chunk == 0, (tile,)))
-            total = lax.select(begins, no_sums, total) + jnp.sum(g * value, axis=1)
-            toward = g * scale
-            slope = sigmoid + active * (1.0 - sigmoid)
-            store(scaled_ref.at[row, at], (value * scale).astype(dtype))
-            store(toward_ref.at[row, 0, at], (toward * up * slope).astype(dtype))
-            store(toward_ref.at[row, 1, at], (toward * active).astype(dtype))
-            pl.when(chunk == chunks - 1)(lambda: store(parts_ref.at[row, part], total))
-            return total
-
-        def one(step, carry):
-            """A step, whose values are there; those of the next one are asked for."""
-            total, *values = carry
-            following = ask(step + 1)
-            return finish(step, total, *values), *following
-
-        @pl.when(steps > 0)
-        def _():
-            """The last step asks for nothing: no row behind those in use is read."""
-            first = (no_sums, *ask(_I32(0)))
-            last = lax.fori_loop(0, steps - 1, one, first)
-            finish(steps - 1, *last)
-
-    like = jax.ShapeDtypeStruct
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
     return plgpu.kernel(
         body,
         out_type=[
             like((rows, 2, groups, GROUP), dtype),
             like((rows, groups, GROUP), dtype),
-            like((rows, sizes.parts, tile), _F32),
+            like((rows, sizes.parts, sizes.tile), _F32),
         ],
         grid=(sizes.num_ctas,),
         grid_names=("cta",),
@@ -227,6 +150,122 @@ def build(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
     )
+
+
+class _Refs(NamedTuple):
+    """The kernel's operands and results, in order: see `build`."""
+
+    num_rows: Any
+    scale: Any
+    products: Any
+    g: Any
+    toward: Any
+    scaled: Any
+    parts: Any
+
+
+class _Loop:
+    """The loop of a CTA over its parts of rows: a step is a tile of one."""
+
+    def __init__(self, problem: ActivationGradient, sizes: Sizes, refs: _Refs, interpret: bool):
+        self.problem, self.sizes, self.refs, self.interpret = problem, sizes, refs, interpret
+        self.layout: Any = None if interpret else _layout(sizes.tile)
+        self.cta = lax.axis_index("cta")
+
+    def __call__(self) -> None:
+        """All steps."""
+        sizes, steps = self.sizes, self._num_steps()
+        self.zeros = self._in_layout(jnp.zeros((sizes.tile, GROUP), _F32))
+        self.no_sums = self._in_layout(jnp.zeros(sizes.tile, _F32))
+
+        def one(step, carry):
+            """A step, whose values are there; those of the next one are asked for."""
+            total, *values = carry
+            following = self._ask(step + 1)
+            return self._finish(step, total, *values), *following
+
+        @pl.when(steps > 0)
+        def _():
+            """The last step asks for nothing: no row behind those in use is read."""
+            first = (self.no_sums, *self._ask(_I32(0)))
+            last = lax.fori_loop(0, steps - 1, one, first)
+            self._finish(steps - 1, *last)
+
+    def _num_steps(self) -> jax.Array:
+        """Of this CTA."""
+        rows, _ = self.problem.product.out_shape
+        block, parts, num_ctas = (
+            self.problem.product.block_size,
+            self.sizes.parts,
+            self.sizes.num_ctas,
+        )
+        used = jnp.clip(self.refs.num_rows[0], 0, rows)
+        # Whole blocks: a product reads all rows of a block in use.
+        used = jnp.minimum(lax.div(used + (block - 1), _I32(block)) * block, rows)
+        mine = lax.div(used * parts - self.cta + (num_ctas - 1), _I32(num_ctas))
+        return jnp.maximum(mine, 0) * self.sizes.chunks
+
+    def _place(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Row, part, and first group of a step."""
+        parts, chunks = self.sizes.parts, self.sizes.chunks
+        i = lax.div(step, _I32(chunks))
+        item = self.cta + i * self.sizes.num_ctas
+        row, part = lax.div(item, _I32(parts)), lax.rem(item, _I32(parts))
+        return row, part, (part * chunks + (step - i * chunks)) * self.sizes.tile
+
+    def _ask(self, step: jax.Array) -> tuple[jax.Array, ...]:
+        """A step's scale and values (g, gate, up). Those of rows without a pair are not used."""
+        refs, (row, _, first) = self.refs, self._place(step)
+        at = pl.ds(first, self.sizes.tile)
+        gate, up = (self._load(refs.products.at[row, k, at]) for k in range(2))
+        return refs.scale[row], self._load(refs.g.at[row, at]), gate, up
+
+    def _finish(
+        self, step: jax.Array, total: jax.Array, scale: jax.Array, *values: jax.Array
+    ) -> jax.Array:
+        """Stores a step's results; the sums `[tile]` of the part up to here."""
+        refs, tile, chunks = self.refs, self.sizes.tile, self.sizes.chunks
+        dtype = jnp.dtype(self.problem.product.dtype)
+        row, part, first = self._place(step)
+        at, chunk = pl.ds(first, tile), lax.rem(step, _I32(chunks))
+        has_pair = scale != NO_PAIR
+        here = self._in_layout(lax.broadcast(has_pair, (tile, GROUP)))
+        g, gate, up = (lax.select(here, x.astype(_F32), self.zeros) for x in values)
+        scale = jnp.where(has_pair, scale, 0.0)
+        sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
+        active = gate * sigmoid
+        value = active * up
+        begins = self._in_layout(lax.broadcast(chunk == 0, (tile,)))
+        total = lax.select(begins, self.no_sums, total) + jnp.sum(g * value, axis=1)
+        toward = g * scale
+        slope = sigmoid + active * (1.0 - sigmoid)
+        self._store(refs.scaled.at[row, at], (value * scale).astype(dtype))
+        self._store(refs.toward.at[row, 0, at], (toward * up * slope).astype(dtype))
+        self._store(refs.toward.at[row, 1, at], (toward * active).astype(dtype))
+        pl.when(chunk == chunks - 1)(lambda: self._store(refs.parts.at[row, part], total))
+        return total
+
+    # -- tiles in registers
+
+    def _load(self, ref: Any) -> jax.Array:
+        """A tile of values from global memory, in registers."""
+        if self.interpret:
+            return ref[...]
+        return plgpu.load(ref, layout=self.layout, optimized=False)
+
+    def _store(self, ref: Any, value: jax.Array) -> None:
+        """A tile, or a vector of its sums, to global memory."""
+        if not self.interpret and hasattr(plgpu, "store"):
+            plgpu.store(ref, value, optimized=False)  # jax 0.12
+        else:
+            ref[...] = value
+
+    def _in_layout(self, value: jax.Array) -> jax.Array:
+        """`[tile, 128]` as a tile lies in registers; `[tile]` as its sums do."""
+        if self.interpret:
+            return value
+        layout = self.layout if value.ndim == 2 else self.layout.reduce(1)
+        return plgpu.layout_cast(value, layout)
 
 
 def _layout(tile: int) -> Any:

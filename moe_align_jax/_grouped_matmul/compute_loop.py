@@ -1,7 +1,7 @@
 """The loop of a warpgroup that multiplies: tile after tile, products, and what becomes of their sums."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,31 +9,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import epilogue, products, scaled_products, stores
+from moe_align_jax._grouped_matmul import epilogue, late_tiles, products, scaled_products, stores
 from moe_align_jax._grouped_matmul.cluster_sum import ClusterSum
 from moe_align_jax._grouped_matmul.config import Config
 from moe_align_jax._grouped_matmul.cta_tiles import CtaTiles, Tile
+from moe_align_jax._grouped_matmul.late_tiles import Waiting
 from moe_align_jax._grouped_matmul.memory import Refs
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.shape import Shape
 
 _I32 = jnp.int32
-
-
-class Waiting(NamedTuple):
-    """A `late` tile, in registers, and where the next one begins.
-
-    Attributes:
-        ring: steps of the ring before the next tile's.
-        rows: 0 if no tile waits. Otherwise its height where tiles have several, else 1.
-        at: see `ComputeLoop.place`.
-        pieces: of the result.
-    """
-
-    ring: jax.Array
-    rows: jax.Array
-    at: tuple[jax.Array, ...]
-    pieces: list[jax.Array]
 
 
 class ComputeLoop:
@@ -49,7 +34,7 @@ class ComputeLoop:
         *,
         tiles: CtaTiles,
         warpgroup: jax.Array,
-        scaled: scaled_products.Products | None,
+        scaled: scaled_products.ScaledProducts | None,
         ending: epilogue.Ending | None,
     ):
         """
@@ -111,8 +96,7 @@ class ComputeLoop:
         if self.scaled is None:
             return self.products(tile, ring, between, rows or self.shape.wn)
         before = self.tiles.rank * self.shape.k_steps if self.config.split > 1 else 0
-        slot_of = self.refs.slot_of
-        return self.scaled(tile, self.warpgroup, ring, slot_of, between, scales_at, before)
+        return self.scaled(tile, self.warpgroup, ring, between, scales_at, before)
 
     def place(self, tile: Tile) -> tuple[jax.Array, ...]:
         """(First row, first column, end) of what this warpgroup has of a tile."""
@@ -206,19 +190,9 @@ class ComputeLoop:
     # -- late tiles, which are stored between the products of the next one
 
     def all_late(self, later: Callable[[jax.Array, Waiting], Waiting]) -> None:
-        """The loop over late tiles, and the last one's stores.
-
-        `later` multiplies the i-th tile, stores the one that waits, and gives what waits then.
-        """
-        none = epilogue.nothing(self.problem, self.shape, self.swap, self.interpret)
-        zero = _I32(0)
-        first = Waiting(zero, zero, (zero, zero, zero), none)
-        last = lax.fori_loop(0, self.tiles.mine, later, first)
-
-        @pl.when(last.rows > 0)
-        def _():
-            for q in range(len(last.pieces)):
-                self.put(last, q)
+        """The loop over late tiles; `later` as for `late_tiles.all_tiles`."""
+        nothing = epilogue.nothing(self.problem, self.shape, self.swap, self.interpret)
+        late_tiles.all_tiles(self.tiles.mine, later, self.put, nothing)
 
     def put(self, waiting: Waiting, q: int) -> None:
         """Stores piece q of the tile that waits."""
@@ -226,9 +200,8 @@ class ComputeLoop:
         self.store(q, waiting.pieces[q], waiting.at, whole=True, height=height)
 
     def put_if(self, waiting: Waiting, when: Callable[[int], Any]) -> None:
-        """Stores the pieces q of the tile that waits, if any does, that `when(q)` holds for."""
-        for q in range(len(waiting.pieces)):
-            pl.when(when(q) & (waiting.rows > 0))(lambda q=q: self.put(waiting, q))
+        """See `late_tiles.put_if`."""
+        late_tiles.put_if(waiting, self.put, when)
 
     def _later(self, i: jax.Array, waiting: Waiting) -> Waiting:
         """Multiplies the i-th tile, and stores the one that waits."""

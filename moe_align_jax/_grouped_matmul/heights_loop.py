@@ -9,8 +9,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from moe_align_jax._grouped_matmul import inline_wgmma
-from moe_align_jax._grouped_matmul.compute_loop import ComputeLoop, Waiting
+from moe_align_jax._grouped_matmul.compute_loop import ComputeLoop
 from moe_align_jax._grouped_matmul.cta_tiles import Tile
+from moe_align_jax._grouped_matmul.late_tiles import Waiting
 
 
 class HeightsLoop(ComputeLoop):

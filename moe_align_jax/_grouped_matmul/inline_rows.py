@@ -5,6 +5,7 @@ As in `inline`, each function has two bodies: MLIR, and plain Pallas for the int
 the rows of which it moves chunks (`find_rows`), and copies from them in every step over k (`copy_rows`).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,42 @@ def _copy_async(target: Any, source: Any, there: Any) -> None:
         *(target, source, arith.select(there, int32(CHUNK_BYTES), int32(0))),
         has_side_effects=True,
     )
+
+
+def _copy_async_if(inside: Any, target: Any, source: Any, there: Any) -> None:
+    """The same by the threads that are `inside` the tile; None: all are."""
+    if inside is None:
+        return _copy_async(target, source, there)
+    with mgpu_utils.when(inside):
+        _copy_async(target, source, there)
+
+
+def _copy_found(
+    ref: Any,
+    places: Any,
+    first: Any,
+    has_column: Any,
+    target_of: Callable[[int], Any],
+    inside_of: Callable[[int], Any] = lambda i: None,
+) -> None:
+    """Asks for a thread's chunks of the rows that were found, one of each.
+
+    Args:
+        ref: the array, in global memory.
+        places: Mosaic's array of where each row begins, in chunks, or -1.
+        first: chunks from there to the thread's.
+        has_column: whether the array has columns there; None: it has.
+        target_of: the address of the thread's i-th chunk in the tile.
+        inside_of: whether the tile has such a chunk; None: it has.
+    """
+    for i, register in enumerate(places.registers.flat):
+        place = vector.extract(register, [], [0])
+        there = arith.cmpi(arith.CmpIPredicate.sge, place, int32(0))
+        if has_column is not None:
+            there = arith.andi(there, has_column)
+        chunk = arith.select(there, arith.addi(place, first), int32(0))
+        target, source = target_of(i), global_address(ref, chunk, CHUNK_BYTES)
+        _copy_async_if(inside_of(i), target, source, there)
 
 
 # -- rows by their indices -------------------------------------------------------------------------
@@ -189,21 +226,17 @@ def copy_rows(
         row, column, offset = first_chunk_of_thread()
         base = arith.addi(shared_address(tile), offset)
         first = arith.muli(scalar_of(at), int32(CHUNKS_PER_ROW))
-        inside = less(arith.addi(first, column), int32(row_chunks))
-        for i, register in enumerate(places.registers.flat):
-            place = vector.extract(register, [], [0])
-            there = arith.cmpi(arith.CmpIPredicate.sge, place, int32(0))
-            if not whole:
-                there = arith.andi(there, inside)
-            chunk = arith.select(there, arith.addi(place, first), int32(0))
-            target = arith.addi(base, int32(i * BYTES_TO_NEXT))
-            source = global_address(x, chunk, CHUNK_BYTES)
+        has_column = less(arith.addi(first, column), int32(row_chunks))
+
+        def target_of(i):
+            return arith.addi(base, int32(i * BYTES_TO_NEXT))
+
+        def inside_of(i):
             if (i + 1) * ROWS_TO_NEXT <= rows:
-                _copy_async(target, source, there)
-            else:
-                here = arith.addi(row, int32(i * ROWS_TO_NEXT))
-                with mgpu_utils.when(less(here, int32(rows))):
-                    _copy_async(target, source, there)
+                return None
+            return less(arith.addi(row, int32(i * ROWS_TO_NEXT)), int32(rows))
+
+        _copy_found(x, places, first, None if whole else has_column, target_of, inside_of)
 
     emit(x_ref, tile_ref, found, step)
 
@@ -266,11 +299,10 @@ def copy_matrix(
             wide = arith.addi(wide, arith.extsi(i64(), near))
             source = arith.addi(pointer, arith.muli(wide, int64(CHUNK_BYTES)))
             target = arith.addi(shared, chunk_offset(r, c, per_row))
-            if (i + 1) * THREADS <= rows * per_row:
-                _copy_async(target, source, there)
-            else:
-                with mgpu_utils.when(less(index, int32(rows * per_row))):
-                    _copy_async(target, source, there)
+            inside = None
+            if (i + 1) * THREADS > rows * per_row:
+                inside = less(index, int32(rows * per_row))
+            _copy_async_if(inside, target, source, there)
 
     emit(ref, tile_ref, base, row, chunk)
 
@@ -369,15 +401,13 @@ def copy_wide_rows(
         column = arith.remui(thread_index(), int32(per_row))
         base = shared_address(tile)
         at = arith.addi(scalar_of(start), column)
-        inside = less(at, int32(row_chunks))
-        for i, register in enumerate(places.registers.flat):
-            place = vector.extract(register, [], [0])
-            there = arith.cmpi(arith.CmpIPredicate.sge, place, int32(0))
-            there = arith.andi(there, inside)
-            source = arith.select(there, arith.addi(place, at), int32(0))
+        has_column = less(at, int32(row_chunks))
+
+        def target_of(i):
             here = arith.addi(row, int32(i * (THREADS // per_row)))
-            target = arith.addi(base, chunk_offset(here, column, per_row))
-            _copy_async(target, global_address(memory, source, CHUNK_BYTES), there)
+            return arith.addi(base, chunk_offset(here, column, per_row))
+
+        _copy_found(memory, places, at, has_column, target_of)
 
     emit(ref, tile_ref, found, chunk)
 

@@ -4,7 +4,7 @@ wgmma of fewer rows than Mosaic's own takes.
 As in `inline`, each function has two bodies: MLIR, and plain Pallas for the interpreter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +48,43 @@ PARTED = plgpu.Layout.TILED(
 )
 
 
+def _of_registers(registers: np.ndarray, like: Any) -> mgpu.FragmentedArray:
+    """Mosaic's array of a thread's registers, in the layout of `like`."""
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=like.layout, _is_signed=like.is_signed
+    )
+
+
 # -- zeros -----------------------------------------------------------------------------------------
+
+
+def _keep(
+    x: jax.Array,
+    count: jax.Array,
+    keeper: Callable[[Any, Any], Callable[[tuple[int, ...], Any], Any]],
+) -> jax.Array:
+    """Float32 in wgmma's layout, with zeros where there is nothing to keep.
+
+    `keeper(values, count)` gives a function that makes a new register of (its index, the old one).
+    """
+    scalar = plgpu.Layout.WG_SPLAT(())
+    like = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+
+    @emits(arg_types=(plgpu.Layout.WGMMA, scalar), return_type=like)
+    def emit(_, values, most):
+        kept = keeper(values, scalar_of(most))
+        registers = np.empty_like(values.registers)
+        for at in np.ndindex(values.registers.shape):
+            registers[at] = kept(at, values.registers[at])
+        return _of_registers(registers, values)
+
+    return emit(x, count)
+
+
+def _keep_plainly(x: jax.Array, count: jax.Array, axis: int) -> jax.Array:
+    """`x` with zeros from `count` on, along an axis: for the interpreter."""
+    at = lax.broadcasted_iota(_I32, x.shape, axis)
+    return jnp.where(at < count, x, jnp.zeros_like(x))
 
 
 def keep_columns(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Array:
@@ -58,34 +94,25 @@ def keep_columns(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Arra
     compiler must take for another one each time: it would keep a predicate for each column.
     """
     if interpret:
-        columns = lax.broadcasted_iota(_I32, x.shape, 1)
-        return jnp.where(columns < count, x, jnp.zeros_like(x))
-    scalar = plgpu.Layout.WG_SPLAT(())
-    like = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+        return _keep_plainly(x, count, 1)
 
-    @emits(arg_types=(plgpu.Layout.WGMMA, scalar), return_type=like)
-    def emit(_, values, most):
+    def keeper(values, most):
         first = arith.muli(arith.remui(thread_index(), int32(4)), int32(2))
         left = mgpu_utils.inline_ptx(
-            "sub.s32 $0, $1, $2;",
-            *(scalar_of(most), first),
-            result_types=i32(),
-            has_side_effects=True,
+            "sub.s32 $0, $1, $2;", most, first, result_types=i32(), has_side_effects=True
         )
         zero = arith.constant(ir.F32Type.get(), 0.0)
-        registers = np.empty_like(values.registers)
-        for at in np.ndindex(values.registers.shape):
-            found = values.registers[at]
-            for k in range(2):
-                kept = less(int32(_COLUMNS * at[1] + k), left)
-                value = arith.select(kept, vector.extract(found, [], [k]), zero)
-                found = vector.insert(value, found, [], [k])
-            registers[at] = found
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=values.layout, _is_signed=values.is_signed
-        )
 
-    return emit(x, count)
+        def kept(at, register):
+            for k in range(2):
+                there = less(int32(_COLUMNS * at[1] + k), left)
+                value = arith.select(there, vector.extract(register, [], [k]), zero)
+                register = vector.insert(value, register, [], [k])
+            return register
+
+        return kept
+
+    return _keep(x, count, keeper)
 
 
 def keep_rows(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Array:
@@ -94,28 +121,19 @@ def keep_rows(x: jax.Array, count: jax.Array, *, interpret: bool) -> jax.Array:
     A thread has row 16 (warp) + (lane / 4) and the eighth row behind it.
     """
     if interpret:
-        rows = lax.broadcasted_iota(_I32, x.shape, 0)
-        return jnp.where(rows < count, x, jnp.zeros_like(x))
-    scalar = plgpu.Layout.WG_SPLAT(())
-    like = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+        return _keep_plainly(x, count, 0)
 
-    @emits(arg_types=(plgpu.Layout.WGMMA, scalar), return_type=like)
-    def emit(_, values, most):
+    def keeper(values, most):
         lane = arith.remui(thread_index(), int32(LANES))
         warp = arith.divui(thread_index(), int32(LANES))
         first = arith.addi(arith.muli(warp, int32(16)), arith.divui(lane, int32(4)))
-        kept = [less(arith.addi(first, int32(8 * k)), scalar_of(most)) for k in range(2)]
+        there = [less(arith.addi(first, int32(8 * k)), most) for k in range(2)]
         kind = values.registers.flat[0].type
         zero = ir.FloatAttr.get(ir.F32Type.get(), 0.0)
         zeros = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, zero))
-        registers = np.empty_like(values.registers)
-        for at in np.ndindex(values.registers.shape):
-            registers[at] = arith.select(kept[at[_ROW_AXIS]], values.registers[at], zeros)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=values.layout, _is_signed=values.is_signed
-        )
+        return lambda at, register: arith.select(there[at[_ROW_AXIS]], register, zeros)
 
-    return emit(x, count)
+    return _keep(x, count, keeper)
 
 
 def widen(x: jax.Array, columns: int, *, interpret: bool) -> jax.Array:
@@ -136,9 +154,7 @@ def widen(x: jax.Array, columns: int, *, interpret: bool) -> jax.Array:
         )
         registers = wide.registers.copy()
         registers[:, : values.registers.shape[1]] = values.registers
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=values.layout, _is_signed=values.is_signed
-        )
+        return _of_registers(registers, values)
 
     return emit(x)
 

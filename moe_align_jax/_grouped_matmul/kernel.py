@@ -92,7 +92,7 @@ def build(
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index(AXIS) if clustered else jnp.int32(0)
         tiles = CtaTiles(*usual, cta, rank)
-        scaled = scaled_products.Products(*usual) if problem.scales else None
+        scaled = scaled_products.ScaledProducts(*usual) if problem.scales else None
 
         def compute():
             if compute_registers:

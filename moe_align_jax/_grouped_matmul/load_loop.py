@@ -42,7 +42,7 @@ class LoadLoop:
         *,
         tiles: CtaTiles,
         loader: loads.Loader,
-        scaled: scaled_products.Products | None,
+        scaled: scaled_products.ScaledProducts | None,
     ):
         """
         Args:

@@ -194,9 +194,9 @@ def scratch(
         views(o_tiles, out_dtype, interpret),
     ]
     if has_scale_rows(problem):
-        found.append(scaled_products.memory(problem, config))
+        found.append(scaled_products.x_scales_memory(problem, config))
     if config.ahead:
-        found.append(scaled_products.weights_memory(problem, config, shape))
+        found.append(scaled_products.w_scales_memory(problem, config, shape))
     if config.split > 1 and not interpret:
         found.append(plgpu.SMEM((computing, _words_of_part(config)), _F32))
     found.append(plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages))

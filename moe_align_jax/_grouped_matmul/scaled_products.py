@@ -6,7 +6,7 @@ of its own, which is scaled into float32 registers: `sum + partial * (scale of t
 Where gate and up are multiplied, a warpgroup has 64 columns of each, with scales of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ _I32, _F32 = jnp.int32, jnp.float32
 _LEAST_ROWS = 32  # of a stage's scales: TMA writes to multiples of 128 bytes
 
 
-def memory(problem: MatmulProblem, config: Config) -> Any:
+def x_scales_memory(problem: MatmulProblem, config: Config) -> Any:
     """Scales of a tile's rows for each stage, in shared memory."""
     assert problem.scales
     rows = -(-config.bm // _LEAST_ROWS) * _LEAST_ROWS
@@ -41,7 +41,7 @@ def sums_of(problem: MatmulProblem, config: Config, shape: Shape) -> int:
     return shape.wn // E4M3_COLUMNS if parted else 1
 
 
-def weights_memory(problem: MatmulProblem, config: Config, shape: Shape) -> Any:
+def w_scales_memory(problem: MatmulProblem, config: Config, shape: Shape) -> Any:
     """Scales of the weights of two tiles, this one and the next, for each warpgroup, in shared memory."""
     sums = sums_of(problem, config, shape)
     groups = -(-problem.scale_groups // _LEAST_ROWS) * _LEAST_ROWS
@@ -53,7 +53,7 @@ def owners_of(config: Config) -> int:
     return 1 if config.form == "m" else config.computing
 
 
-class Products:
+class ScaledProducts:
     """Multiplies a tile: called with what is the same for every tile."""
 
     def __init__(
@@ -72,9 +72,8 @@ class Products:
         tile: Any,
         warpgroup: jax.Array,
         ring: jax.Array,
-        slot_of: Callable[[jax.Array], jax.Array],
         between: Callable[[jax.Array], None],
-        place: jax.Array | None = None,
+        scales_at: jax.Array | None = None,
         before: jax.Array | int = 0,
     ) -> list[jax.Array]:
         """The warpgroup's sums: gate and up, or one.
@@ -83,125 +82,16 @@ class Products:
             tile: rows and columns.
             warpgroup: which one this is.
             ring: steps of the ring before this tile's.
-            slot_of: the stage of a step.
             between: called while a product of step k runs.
-            place: which of the two rows of scales in shared memory `fetch` wrote for this tile; None where
-                the scales are read from global memory.
+            scales_at: which of the two rows of scales in shared memory `fetch` wrote for this tile; None
+                where the scales are read from global memory.
             before: steps of the tile's K before this CTA's, where several share it.
         """
-        refs, last = self.refs, self.shape.k_steps - 1
         if self.scales.w == "tensor":  # one for all steps
-            place = None
-        count = self.shape.wm // 64 if self.swap else 1  # accumulators, one after the other
-        like = plgpu.ACC((64, self.shape.wn), _F32)  # pyright: ignore[reportPrivateImportUsage]
-        of_all = None
-        if self.scales.x == "tensor":
-            of_all = refs.x_scales[0]
+            scales_at = None
+        return _TileProducts(self, tile, warpgroup, ring, between, scales_at, before).sums()
 
-        early, steps = self.config.early, self.shape.k_steps
-        # Both stages of a turn follow each other: each tile begins at an even one.
-        paired = self.config.paired and steps % 2 == 0 and self.config.stages % 2 == 0
-        # Whether the scales of the weights are read in the step itself, behind its product.
-        in_step = place is not None and (not early or paired)
-
-        def more_of_w(k):
-            """Of the weights in step k."""
-            if place is None:
-                return self._of_blocks(tile, warpgroup, before + k)
-            return self._fetched(warpgroup, place, k)
-
-        def one(k, sums, of_w, slot, following, more):
-            """Step k, in stage `slot`; `more`: whether there is another, which is in stage `following`."""
-            if not early:
-                plgpu.barrier_wait(refs.full.at[slot])
-            found, of_x, coming = list(sums), None, of_w
-            for part in range(count):
-
-                def scope(partial, part=part):
-                    plgpu.wgmma(partial, *self._operands(warpgroup, slot, part))
-                    scales = ()
-                    if part == 0:  # behind the product that runs
-                        between(k)
-                        of_x = None
-                        if of_all is None:
-                            of_x = self._of_rows(warpgroup, slot, before + k)
-                        of_next = more_of_w(k if in_step else jnp.minimum(k + 1, last))
-                        scales = (of_x, of_next)
-                        if early:
-                            pl.when(more)(lambda: plgpu.barrier_wait(refs.full.at[following]))
-                    return partial[...], scales
-
-                product, scales = pl.run_scoped(scope, like)
-                if part == 0:
-                    of_x, coming = scales
-                    if in_step:
-                        of_w, coming = coming, ()
-                if part == count - 1:
-                    self._leave(slot)
-                for i, piece in self._pieces(product, part):
-                    scale = of_w[i] if of_all is None else of_w[i] * of_all
-                    found[i] = self._add(found[i], piece, of_x, scale)
-            return tuple(found), coming
-
-        def step(k, carry):
-            # The next step's stage is found while this one's product runs.
-            sums, of_w, slot = carry
-            following = jnp.where(slot == self.config.stages - 1, 0, slot + 1)
-            return *one(k, sums, of_w, slot, following, k < last), following
-
-        def two(i, carry):
-            """Two steps: where the second one's operands lie is found beside the sums of the first."""
-            sums, of_w, slot = carry
-            following = jnp.where(slot == self.config.stages - 2, 0, slot + 2)
-            sums, of_w = one(2 * i, sums, of_w, slot, slot + 1, True)
-            more = i < steps // 2 - 1
-            return *one(2 * i + 1, sums, of_w, slot + 1, following, more), following
-
-        def pass_on(k):
-            slot = slot_of(ring + k)
-            plgpu.barrier_wait(refs.full.at[slot])
-            between(k)
-            self._leave(slot)
-
-        all_steps, mine = _I32(steps), tile.valid
-        if self.config.skips:
-            mine = mine & self._holds_rows(tile, warpgroup)
-        of_turn, turn = (2, two) if paired else (1, step)
-        passes = self.config.skips or self.config.shares_weights
-
-        def pass_all():
-            busy = tile.busy if self.config.shares_weights else tile.valid
-            others = busy & jnp.logical_not(mine)
-            passed = jnp.where(others, all_steps, 0)
-            inline.loop(passed, pass_on, interpret=self.interpret)
-
-        def begin(sums):
-            return sums, () if in_step else more_of_w(0), slot_of(ring)
-
-        if early:  # of the first step; of the next ones each behind the product before it
-            pl.when(mine)(lambda: plgpu.barrier_wait(refs.full.at[slot_of(ring)]))
-        if self.config.peeled:
-
-            def run():
-                none = (None,) * len(self._shapes())
-                carry = turn(_I32(0), begin(none))
-                turns = inline.hidden(_I32(steps // of_turn), interpret=self.interpret)
-                return lax.fori_loop(1, turns, turn, carry)[0]
-
-            def other():
-                if passes:
-                    pass_all()
-                return tuple(self._zeros(shape) for shape in self._shapes())
-
-            return list(lax.cond(mine, run, other))
-        zeros = tuple(self._zeros(shape) for shape in self._shapes())
-        turns = jnp.where(mine, _I32(steps // of_turn), 0)
-        sums, *_ = lax.fori_loop(0, turns, turn, begin(zeros))
-        if passes:
-            pass_all()
-        return list(sums)
-
-    def _leave(self, slot: jax.Array) -> None:
+    def leave(self, slot: jax.Array) -> None:
         """This warpgroup has read a stage: it can be loaded again.
 
         In a cluster one thread says so for its warpgroup (Mosaic's collective barriers), and the other warps
@@ -212,7 +102,7 @@ class Products:
             inline.meet_warpgroup(interpret=self.interpret)
         plgpu.barrier_arrive(self.refs.empty.at[slot])
 
-    def _holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
+    def holds_rows(self, tile: Any, warpgroup: jax.Array) -> jax.Array:
         """Whether any of this warpgroup's rows are in use: the first of them, if any is."""
         if tile.holds is not None:
             return (warpgroup == 0) | tile.holds
@@ -220,7 +110,7 @@ class Products:
 
     # -- products
 
-    def _operands(self, warpgroup: jax.Array, slot: jax.Array, part: int) -> tuple[Any, Any]:
+    def operands(self, warpgroup: jax.Array, slot: jax.Array, part: int) -> tuple[Any, Any]:
         """wgmma's two, for a step."""
         x, shape = self.refs.x_tiles.at[slot, 0], self.shape
         if self.config.form == "m":
@@ -234,7 +124,7 @@ class Products:
         w = self.refs.w_tiles.at[slot, 0, rows]
         return (w, x.transpose((1, 0))) if self.swap else (x, w.transpose((1, 0)))
 
-    def _shapes(self) -> list[tuple[int, int]]:
+    def shapes(self) -> list[tuple[int, int]]:
         """Of the sums."""
         if self.swap:
             return [(64, self.shape.wn)] * (self.shape.wm // 64)
@@ -242,7 +132,7 @@ class Products:
             return [(64, self.shape.wn // 2)] * 2
         return [(64, self.shape.wn // self.beside)] * self.beside
 
-    def _pieces(self, product: jax.Array, part: int) -> list[tuple[int, jax.Array]]:
+    def pieces(self, product: jax.Array, part: int) -> list[tuple[int, jax.Array]]:
         """(Which sum, what is added to it) of accumulator `part`."""
         if self.swap or (not self.gated and self.beside == 1):
             return [(part, product)]
@@ -250,12 +140,12 @@ class Products:
         width = self.shape.wn // count
         return [(i, product[:, i * width : (i + 1) * width]) for i in range(count)]
 
-    def _zeros(self, shape: tuple[int, int]) -> jax.Array:
+    def zeros(self, shape: tuple[int, int]) -> jax.Array:
         """Float32 zeros as a warpgroup holds its sums."""
         zeros = jnp.zeros(shape, _F32)
         return zeros if self.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
-    def _add(
+    def add(
         self, total: jax.Array | None, piece: jax.Array, of_x: jax.Array | None, of_w: jax.Array
     ) -> jax.Array:
         """One multiplication and addition for each value: ptxas makes an FFMA of them. No `total` is 0."""
@@ -267,7 +157,7 @@ class Products:
 
     # -- scales
 
-    def _of_rows(self, warpgroup: jax.Array, slot: jax.Array, k: jax.Array) -> jax.Array:
+    def of_rows(self, warpgroup: jax.Array, slot: jax.Array, k: jax.Array) -> jax.Array:
         """float32 of this warpgroup's rows of x."""
         first: Any = 0
         count = self.config.bm
@@ -298,7 +188,7 @@ class Products:
                 interpret=self.interpret,
             )
 
-    def _fetched(
+    def fetched(
         self, warpgroup: jax.Array, place: jax.Array, k: jax.Array
     ) -> tuple[jax.Array, ...]:
         """The weights' scales of step k in a slot: one for each of the warpgroup's sums."""
@@ -310,7 +200,7 @@ class Products:
         """Where the scales of a warpgroup's weights are."""
         return 0 if owners_of(self.config) == 1 else warpgroup
 
-    def _of_blocks(
+    def of_blocks(
         self, tile: Any, warpgroup: jax.Array, k: jax.Array | int
     ) -> tuple[jax.Array, ...]:
         """float32 scalars, of each sum's weights."""
@@ -340,3 +230,170 @@ class Products:
             block = jnp.minimum(lax.div(first, _I32(GROUP)), ref.shape[1] - 1)
             found.append((ref, expert, block))
         return found
+
+
+class _TileProducts:
+    """The products of one tile, of one warpgroup: step after step, or two steps in a turn.
+
+    A loop carries the sums, the scales of the step's weights, and its stage. The next step's stage is found,
+    and its scales are read, while this one's product runs.
+    """
+
+    def __init__(
+        self,
+        products: ScaledProducts,
+        tile: Any,
+        warpgroup: jax.Array,
+        ring: jax.Array,
+        between: Callable[[jax.Array], None],
+        scales_at: jax.Array | None,
+        before: jax.Array | int,
+    ):
+        """As for `ScaledProducts.__call__`."""
+        self.products, self.refs, self.config = products, products.refs, products.config
+        self.tile, self.warpgroup, self.ring = tile, warpgroup, ring
+        self.between, self.scales_at, self.before = between, scales_at, before
+        self.steps = products.shape.k_steps
+        # Both stages of a turn follow each other: each tile begins at an even one.
+        paired = self.config.paired and self.steps % 2 == 0 and self.config.stages % 2 == 0
+        self.of_turn, self.turn = (2, self._two_steps) if paired else (1, self._one_step)
+        # Whether the scales of the weights are read in the step itself, behind its product.
+        self.in_step = scales_at is not None and (not self.config.early or paired)
+        # The scale of all of x, if there is one only.
+        self.of_all = self.refs.x_scales[0] if products.scales.x == "tensor" else None
+
+    def sums(self) -> list[jax.Array]:
+        """Those of all steps."""
+        config, refs, mine = self.config, self.refs, self.tile.valid
+        if config.skips:
+            mine = mine & self.products.holds_rows(self.tile, self.warpgroup)
+        if config.early:  # of the first step; of the next ones each behind the product before it
+            pl.when(mine)(lambda: plgpu.barrier_wait(refs.full.at[refs.slot_of(self.ring)]))
+        return list(self._peeled(mine) if config.peeled else self._looped(mine))
+
+    def _looped(self, mine: jax.Array) -> Sequence[jax.Array]:
+        """The sums by one loop, which begins with zeros. Its steps are none if the tile is not `mine`."""
+        zeros = self._zeros()
+        turns = jnp.where(mine, _I32(self.steps // self.of_turn), 0)
+        sums, *_ = lax.fori_loop(0, turns, self.turn, self._begin(zeros))
+        self._pass_others(mine)
+        return sums
+
+    def _peeled(self, mine: jax.Array) -> Sequence[jax.Array]:
+        """The sums by a first turn, which adds to nothing, and a loop behind it."""
+
+        def multiplied():
+            none = (None,) * len(self.products.shapes())
+            carry = self.turn(_I32(0), self._begin(none))
+            turns = _I32(self.steps // self.of_turn)
+            turns = inline.hidden(turns, interpret=self.products.interpret)
+            return lax.fori_loop(1, turns, self.turn, carry)[0]
+
+        def passed():
+            self._pass_others(mine)
+            return self._zeros()
+
+        return lax.cond(mine, multiplied, passed)
+
+    def _zeros(self) -> tuple[jax.Array, ...]:
+        """Sums of nothing."""
+        return tuple(self.products.zeros(shape) for shape in self.products.shapes())
+
+    def _begin(self, sums: Any) -> tuple[Any, ...]:
+        """What a loop carries into the first turn."""
+        return sums, () if self.in_step else self._of_weights(0), self.refs.slot_of(self.ring)
+
+    # -- the steps that are multiplied
+
+    def _one_step(self, k: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Step k."""
+        sums, of_w, slot = carry
+        following = jnp.where(slot == self.config.stages - 1, 0, slot + 1)
+        more = k < self.steps - 1
+        return *self._step(k, sums, of_w, slot, following, more), following
+
+    def _two_steps(self, i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Steps 2 i and 2 i + 1: where the second's operands lie is found beside the sums of the first."""
+        sums, of_w, slot = carry
+        following = jnp.where(slot == self.config.stages - 2, 0, slot + 2)
+        sums, of_w = self._step(2 * i, sums, of_w, slot, slot + 1, True)
+        more = i < self.steps // 2 - 1
+        return *self._step(2 * i + 1, sums, of_w, slot + 1, following, more), following
+
+    def _step(
+        self, k: jax.Array, sums: Any, of_w: Any, slot: jax.Array, following: jax.Array, more: Any
+    ) -> tuple[Any, Any]:
+        """The sums with those of step k, and the scales of the next step's weights, if they are known.
+
+        Args:
+            k: the step.
+            sums: of the steps before it; None for those that there are not yet.
+            of_w: the scales of its weights; nothing where they are read in the step itself.
+            slot: its stage.
+            following: the next step's stage.
+            more: whether there is a next step.
+        """
+        products, shape = self.products, self.products.shape
+        count = shape.wm // 64 if products.swap else 1  # accumulators, one after the other
+        like = plgpu.ACC((64, shape.wn), _F32)  # pyright: ignore[reportPrivateImportUsage]
+        if not self.config.early:
+            plgpu.barrier_wait(self.refs.full.at[slot])
+        found, of_x, coming = list(sums), None, of_w
+        for part in range(count):
+
+            def scope(partial, part=part):
+                plgpu.wgmma(partial, *products.operands(self.warpgroup, slot, part))
+                # The first part's product runs meanwhile.
+                scales = self._beside_product(k, slot, following, more) if part == 0 else ()
+                return partial[...], scales
+
+            product, scales = pl.run_scoped(scope, like)
+            if part == 0:
+                of_x, coming = scales
+                if self.in_step:
+                    of_w, coming = coming, ()
+            if part == count - 1:
+                products.leave(slot)
+            for i, piece in products.pieces(product, part):
+                scale = of_w[i] if self.of_all is None else of_w[i] * self.of_all
+                found[i] = products.add(found[i], piece, of_x, scale)
+        return tuple(found), coming
+
+    def _beside_product(
+        self, k: jax.Array, slot: jax.Array, following: jax.Array, more: Any
+    ) -> tuple[Any, Any]:
+        """What is done while the product of step k runs; the scales of its rows, and of weights: its own
+        where they are read in the step itself, otherwise the next step's."""
+        self.between(k)
+        of_x = None
+        if self.of_all is None:
+            of_x = self.products.of_rows(self.warpgroup, slot, self.before + k)
+        last = self.steps - 1
+        of_w = self._of_weights(k if self.in_step else jnp.minimum(k + 1, last))
+        if self.config.early:
+            pl.when(more)(lambda: plgpu.barrier_wait(self.refs.full.at[following]))
+        return of_x, of_w
+
+    def _of_weights(self, k: Any) -> tuple[jax.Array, ...]:
+        """The scales of the weights in step k."""
+        if self.scales_at is None:
+            return self.products.of_blocks(self.tile, self.warpgroup, self.before + k)
+        return self.products.fetched(self.warpgroup, self.scales_at, k)
+
+    # -- the steps that are not
+
+    def _pass_others(self, mine: jax.Array) -> None:
+        """Lets the steps pass that other warpgroups or CTAs multiply, if the tile is not `mine`."""
+        if not (self.config.skips or self.config.shares_weights):
+            return
+        busy = self.tile.busy if self.config.shares_weights else self.tile.valid
+        others = busy & jnp.logical_not(mine)
+        passed = jnp.where(others, _I32(self.steps), 0)
+        inline.loop(passed, self._pass, interpret=self.products.interpret)
+
+    def _pass(self, k: jax.Array) -> None:
+        """Step k: its stage is waited for, and left."""
+        slot = self.refs.slot_of(self.ring + k)
+        plgpu.barrier_wait(self.refs.full.at[slot])
+        self.between(k)
+        self.products.leave(slot)

@@ -80,149 +80,66 @@ def _refs(problem: TokenSum, given: Sequence[Any], interpret: bool) -> _Refs:
     return _Refs(experts, shares, bias, x, w, out, x_tiles, x_rows, w_tiles, sums, full, empty)
 
 
+class _Sizes(NamedTuple):
+    """What follows from a problem and its tiles.
+
+    Attributes:
+        n_tiles: tiles of a token's columns.
+        count: tiles of all tokens.
+        ctas: of the grid.
+        groups: of a token's pairs, those that are multiplied together.
+        k_steps: steps over k of a group.
+        k_parts: parts of a step, each of 64 columns of x.
+    """
+
+    n_tiles: int
+    count: int
+    ctas: int
+    groups: int
+    k_steps: int
+    k_parts: int
+
+
+def _sizes_of(problem: TokenSum, tiles: Tiles) -> _Sizes:
+    """The sizes that follow from a problem and its tiles."""
+    n_tiles = -(-problem.product.n // tiles.columns)
+    count = problem.num_tokens * n_tiles
+    return _Sizes(
+        n_tiles=n_tiles,
+        count=count,
+        ctas=min(tiles.num_ctas, count),
+        groups=-(-problem.top_k // tiles.pairs),
+        k_steps=-(-problem.product.k // tiles.bk),
+        k_parts=tiles.bk // _WIDTH,
+    )
+
+
 def build(problem: TokenSum, tiles: Tiles, *, interpret: bool = False) -> Callable[..., jax.Array]:
     """The kernel as a function of expert_ids `[T K]`, topk_weights `[T K]`, bias if there is one, x and w."""
     if reason := refused(problem, tiles):
         raise ValueError(f"tiles {tiles.name}: {reason}")
-    product, top_k, stages, bk = problem.product, problem.top_k, tiles.stages, tiles.bk
-    columns, together = tiles.columns, tiles.pairs
-    n_tiles, k_steps, k_parts = -(-product.n // columns), -(-product.k // bk), bk // _WIDTH
-    groups, count = -(-top_k // together), problem.num_tokens * n_tiles
-    ctas, dtype = min(tiles.num_ctas, count), jnp.dtype(product.dtype)
-    transposed = product.weights.transposed
-    w_tile = (WEIGHT_ROWS, bk) if transposed else (bk, WEIGHT_ROWS)
+    sizes, stages, dtype = _sizes_of(problem, tiles), tiles.stages, jnp.dtype(problem.product.dtype)
 
     def body(*given):
         refs = _refs(problem, given, interpret)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        mine = lax.div(count - cta + (ctas - 1), _I32(ctas))
+        loops = _Loops(problem, tiles, sizes, refs, cta, interpret)
+        lax.cond(warpgroup < 1, loops.compute, loops.load)
 
-        def place(i):
-            """(Token, n tile) of this CTA's i-th tile."""
-            token = lax.div(cta + i * ctas, _I32(n_tiles))
-            return token, cta + i * ctas - token * n_tiles
-
-        def read(token, j):
-            """What memory tells of a token's j-th group: experts and weights; behind the last, anything."""
-            last = _I32(problem.num_tokens * top_k - 1)
-            pairs = [jnp.minimum(token * top_k + j * together + b, last) for b in range(together)]
-            return tuple(refs.experts[p] for p in pairs), tuple(refs.shares[p] for p in pairs)
-
-        def group_of(token, j, experts, shares):
-            there = []
-            for b, expert in enumerate(experts):
-                is_one = (expert >= 0) & (expert < product.num_experts)
-                if top_k % together:
-                    is_one = is_one & (j * together + b < top_k)
-                there.append(is_one)
-            return inline_sums.Group(token * top_k + j * together, experts, shares, tuple(there))
-
-        def over_groups(token, step, first):
-            """`step(group, carry)` for each group of a token; what the next one is, is read ahead."""
-
-            def one(j, given):
-                carry, *known = given
-                following = read(token, j + 1)
-                return step(group_of(token, j, *known), carry), *following
-
-            return lax.fori_loop(0, groups, one, (first, *read(token, 0)))[0]
-
-        def slot_of(step):
-            return lax.rem(step, _I32(stages))
-
-        def products(ring):
-            """Of a group, complete."""
-
-            def scope(acc):
-                def step(k, _):
-                    slot = slot_of(ring + k)
-                    plgpu.barrier_wait(refs.full.at[slot])
-                    for part in range(k_parts):
-                        plgpu.wgmma(acc, *_operands(refs, slot, part, transposed))
-                    # All but this step's are done, so that their stage can be loaded again.
-                    plgpu.wgmma_wait(k_parts)
-
-                    @pl.when(k > 0)
-                    def _():
-                        plgpu.barrier_arrive(refs.empty.at[slot_of(ring + k + stages - 1)])
-
-                    return ()
-
-                lax.fori_loop(0, k_steps, step, ())
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(refs.empty.at[slot_of(ring + (k_steps + stages - 1))])
-                return acc[...]
-
-            return pl.run_scoped(scope, accumulator((WEIGHT_ROWS, X_ROWS), _F32))
-
-        def compute():
-            for stage in range(stages):
-                plgpu.barrier_arrive(refs.empty.at[stage])
-
-            def one(i, ring):
-                token, n = place(i)
-
-                def add(group, carry):
-                    ring, total = carry
-
-                    def added():
-                        return inline_sums.add(
-                            *(total, products(ring), group, refs.bias, n),
-                            columns=columns,
-                            interpret=interpret,
-                        )
-
-                    total = lax.cond(group.some, added, lambda: total)
-                    return ring + jnp.where(group.some, _I32(k_steps), 0), total
-
-                zeros = jnp.zeros((WEIGHT_ROWS, X_ROWS), _F32)
-                if not interpret:
-                    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-                ring, total = over_groups(token, add, (ring, zeros))
-                inline_sums.store(
-                    *(refs.out, refs.sums, total, token, n), pairs=together, interpret=interpret
-                )
-                return ring
-
-            lax.fori_loop(0, mine, one, _I32(0))
-
-        def load():
-            def one(i, ring):
-                token, n = place(i)
-
-                def ask(group, ring):
-                    def step(k, _):
-                        slot = slot_of(ring + k)
-                        plgpu.barrier_wait(refs.empty.at[slot])
-                        _ask(problem, tiles, refs, group, n, slot, k)
-                        return ()
-
-                    steps = jnp.where(group.some, _I32(k_steps), 0)
-                    lax.fori_loop(0, steps, step, ())
-                    return ring + steps
-
-                return over_groups(token, ask, ring)
-
-            end = lax.fori_loop(0, mine, one, _I32(0))
-            # No barrier is left in the midst of a phase.
-            for stage in range(stages):
-                plgpu.barrier_wait(refs.empty.at[slot_of(end + stage)])
-
-        lax.cond(warpgroup < 1, compute, load)
-
+    transposed = problem.product.weights.transposed
+    w_tile = (WEIGHT_ROWS, tiles.bk) if transposed else (tiles.bk, WEIGHT_ROWS)
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
-    w_like = memory.transforms(w_tile[1], dtype)
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(problem.out_shape, jnp.dtype(problem.out_dtype)),
         scratch_types=[
-            memory.views((stages, k_parts, X_ROWS, _WIDTH), dtype, interpret),
-            plgpu.SMEM((stages, *w_tile), dtype, transforms=w_like),
-            plgpu.Barrier(num_arrivals=k_parts + together, num_barriers=stages),
+            memory.views((stages, sizes.k_parts, X_ROWS, _WIDTH), dtype, interpret),
+            plgpu.SMEM((stages, *w_tile), dtype, transforms=memory.transforms(w_tile[1], dtype)),
+            plgpu.Barrier(num_arrivals=sizes.k_parts + tiles.pairs, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             *([] if interpret else [plgpu.SMEM((WEIGHT_ROWS,), _F32)]),
         ],
-        grid=(ctas,),
+        grid=(sizes.ctas,),
         grid_names=("cta",),
         num_threads=2,
         thread_name="warpgroup",
@@ -230,6 +147,166 @@ def build(problem: TokenSum, tiles: Tiles, *, interpret: bool = False) -> Callab
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
     )
+
+
+class _Loops:
+    """The loops of a CTA's two warpgroups over its tiles, and over the groups of each tile's token.
+
+    `ring` counts the steps of the ring before a group's.
+    """
+
+    def __init__(
+        self,
+        problem: TokenSum,
+        tiles: Tiles,
+        sizes: _Sizes,
+        refs: _Refs,
+        cta: jax.Array,
+        interpret: bool,
+    ):
+        self.problem, self.tiles, self.sizes, self.refs = problem, tiles, sizes, refs
+        self.cta, self.interpret = cta, interpret
+        self.mine = lax.div(sizes.count - cta + (sizes.ctas - 1), _I32(sizes.ctas))
+
+    # -- the warpgroup that multiplies
+
+    def compute(self) -> None:
+        """Adds up the products of each tile's pairs, and stores the sums."""
+        for stage in range(self.tiles.stages):
+            plgpu.barrier_arrive(self.refs.empty.at[stage])
+        lax.fori_loop(0, self.mine, self._sum_tile, _I32(0))
+
+    def _sum_tile(self, i: jax.Array, ring: jax.Array) -> jax.Array:
+        """The i-th tile; gives the next one's `ring`."""
+        refs, interpret = self.refs, self.interpret
+        token, n = self._place(i)
+
+        def add(group, carry):
+            ring, total = carry
+
+            def added():
+                return inline_sums.add(
+                    *(total, self._products(ring), group, refs.bias, n),
+                    columns=self.tiles.columns,
+                    interpret=interpret,
+                )
+
+            total = lax.cond(group.some, added, lambda: total)
+            return ring + self._steps(group), total
+
+        zeros = jnp.zeros((WEIGHT_ROWS, X_ROWS), _F32)
+        if not interpret:
+            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        ring, total = self._over_groups(token, add, (ring, zeros))
+        inline_sums.store(
+            *(refs.out, refs.sums, total, token, n), pairs=self.tiles.pairs, interpret=interpret
+        )
+        return ring
+
+    def _products(self, ring: jax.Array) -> jax.Array:
+        """Of a group, complete."""
+        refs, stages = self.refs, self.tiles.stages
+        k_steps, k_parts = self.sizes.k_steps, self.sizes.k_parts
+        transposed = self.problem.product.weights.transposed
+
+        def scope(acc):
+            def step(k, _):
+                slot = self._slot_of(ring + k)
+                plgpu.barrier_wait(refs.full.at[slot])
+                for part in range(k_parts):
+                    plgpu.wgmma(acc, *_operands(refs, slot, part, transposed))
+                # All but this step's are done, so that their stage can be loaded again.
+                plgpu.wgmma_wait(k_parts)
+
+                @pl.when(k > 0)
+                def _():
+                    plgpu.barrier_arrive(refs.empty.at[self._slot_of(ring + k + stages - 1)])
+
+                return ()
+
+            lax.fori_loop(0, k_steps, step, ())
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(refs.empty.at[self._slot_of(ring + (k_steps + stages - 1))])
+            return acc[...]
+
+        return pl.run_scoped(scope, accumulator((WEIGHT_ROWS, X_ROWS), _F32))
+
+    # -- the warpgroup that loads
+
+    def load(self) -> None:
+        """Fills the ring, until the other warpgroup has left the last stage."""
+        end = lax.fori_loop(0, self.mine, self._load_tile, _I32(0))
+        # No barrier is left in the midst of a phase.
+        for stage in range(self.tiles.stages):
+            plgpu.barrier_wait(self.refs.empty.at[self._slot_of(end + stage)])
+
+    def _load_tile(self, i: jax.Array, ring: jax.Array) -> jax.Array:
+        """The i-th tile; gives the next one's `ring`."""
+        token, n = self._place(i)
+
+        def ask(group, ring):
+            def step(k, _):
+                slot = self._slot_of(ring + k)
+                plgpu.barrier_wait(self.refs.empty.at[slot])
+                _ask(self.problem, self.tiles, self.refs, group, n, slot, k)
+                return ()
+
+            steps = self._steps(group)
+            lax.fori_loop(0, steps, step, ())
+            return ring + steps
+
+        return self._over_groups(token, ask, ring)
+
+    # -- what both do
+
+    def _place(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(Token, n tile) of this CTA's i-th tile."""
+        n_tiles, ctas = self.sizes.n_tiles, self.sizes.ctas
+        token = lax.div(self.cta + i * ctas, _I32(n_tiles))
+        return token, self.cta + i * ctas - token * n_tiles
+
+    def _slot_of(self, step: jax.Array) -> jax.Array:
+        """The stage of a step of the ring."""
+        return lax.rem(step, _I32(self.tiles.stages))
+
+    def _steps(self, group: inline_sums.Group) -> jax.Array:
+        """Steps of the ring that a group takes: none if no pair of it is there."""
+        return jnp.where(group.some, _I32(self.sizes.k_steps), 0)
+
+    def _over_groups(
+        self, token: jax.Array, step: Callable[[inline_sums.Group, Any], Any], first: Any
+    ) -> Any:
+        """`step(group, carry)` for each group of a token; what the next one is, is read ahead."""
+
+        def one(j, given):
+            carry, *known = given
+            following = self._read(token, j + 1)
+            return step(self._group_of(token, j, *known), carry), *following
+
+        return lax.fori_loop(0, self.sizes.groups, one, (first, *self._read(token, 0)))[0]
+
+    def _read(self, token: jax.Array, j: Any) -> tuple[tuple[jax.Array, ...], ...]:
+        """What memory tells of a token's j-th group: experts and weights; behind the last, anything."""
+        top_k, together = self.problem.top_k, self.tiles.pairs
+        last = _I32(self.problem.num_tokens * top_k - 1)
+        pairs = [jnp.minimum(token * top_k + j * together + b, last) for b in range(together)]
+        return tuple(self.refs.experts[p] for p in pairs), tuple(self.refs.shares[p] for p in pairs)
+
+    def _group_of(
+        self,
+        token: jax.Array,
+        j: jax.Array,
+        experts: tuple[jax.Array, ...],
+        shares: tuple[jax.Array, ...],
+    ) -> inline_sums.Group:
+        """A token's j-th group, of what `_read` gave."""
+        top_k, together, there = self.problem.top_k, self.tiles.pairs, []
+        for b, expert in enumerate(experts):
+            is_one = (expert >= 0) & (expert < self.problem.product.num_experts)
+            if top_k % together:
+                is_one = is_one & (j * together + b < top_k)
+            there.append(is_one)
+        return inline_sums.Group(token * top_k + j * together, experts, shares, tuple(there))
 
 
 def _ask(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +10,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import inline_stores, inline_wgmma, memory, products
+from moe_align_jax._grouped_matmul import (
+    inline_stores,
+    inline_wgmma,
+    late_tiles,
+    memory,
+    products,
+)
+from moe_align_jax._grouped_matmul.late_tiles import Waiting
 from moe_align_jax._grouped_matmul.weight_gradient_cta_tiles import CtaTiles, Tile
 from moe_align_jax._grouped_matmul.weight_gradient_plan import SLOTS, WM, Plan, Refs
 
 _I32, _F32 = jnp.int32, jnp.float32
 _SHORT = 16  # rows of a wgmma
-
-
-class Waiting(NamedTuple):
-    """A `late` tile, in registers, and where the next one begins.
-
-    Attributes:
-        ring: steps of the ring before the next tile's.
-        there: 1 if a tile waits, else 0.
-        at: its place.
-        bands: of the result.
-    """
-
-    ring: jax.Array
-    there: jax.Array
-    at: tuple[jax.Array, ...]
-    bands: list[jax.Array]
 
 
 class ComputeLoop:
@@ -69,30 +60,24 @@ class ComputeLoop:
         zeros = jnp.zeros((WM, self.plan.piece), self.out_dtype)
         if not self.plan.interpret:
             zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-        zero = _I32(0)
-        none = [zeros] * (self.plan.tiles.bn // self.plan.piece)
-        first = Waiting(zero, zero, (zero, zero, zero), none)
-        last = lax.fori_loop(0, self.tiles.mine, self._later, first)
-
-        @pl.when(last.there > 0)
-        def _():
-            for q, value in enumerate(last.bands):
-                self._put(q, value, last.at)
+        nothing = [zeros] * (self.plan.tiles.bn // self.plan.piece)
+        late_tiles.all_tiles(self.tiles.mine, self._later, self._put_waiting, nothing)
 
     def _later(self, i: jax.Array, waiting: Waiting) -> Waiting:
         """Multiplies the i-th tile, and stores the one that waits between its products."""
         tile = self.tiles.at(i)
 
         def put_if(when: Callable[[int], Any]) -> None:
-            """Stores the bands q of the tile that waits, if any does, that `when(q)` holds for."""
-            for q, value in enumerate(waiting.bands):
-                put = functools.partial(self._put, q, value, waiting.at)
-                pl.when(when(q) & (waiting.there > 0))(put)
+            late_tiles.put_if(waiting, self._put_waiting, when)
 
         sums = self._multiply(tile, waiting.ring, lambda k: put_if(lambda q: k == q))
         put_if(lambda q: self._whole_steps(tile) <= q)
         ring, at = waiting.ring + tile.steps, self._place(tile)
         return Waiting(ring, _I32(1), at, self._bands(tile, sums))
+
+    def _put_waiting(self, waiting: Waiting, q: int) -> None:
+        """Stores band q of the tile that waits."""
+        self._put(q, waiting.pieces[q], waiting.at)
 
     # -- products
 

@@ -111,7 +111,7 @@ def plan_of(problem: WeightGradient, tiles: Tiles, of_pieces: bool, interpret: b
         sides=(_operand_of(problem, tiles, "lhs"), _operand_of(problem, tiles, "rhs")),
         m_tiles=m_tiles,
         n_tiles=n_tiles,
-        level=tiles.level and levels(problem, tiles),
+        level=levels(problem, tiles),
         piece=piece,
         out_shape=out_shape,
         by_rows=not of_pieces and (k % WM != 0 or n % piece != 0 or n == piece),

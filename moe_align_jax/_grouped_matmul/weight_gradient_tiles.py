@@ -35,10 +35,10 @@ class Tiles(NamedTuple):
         back: the CTAs take the first round of tiles forth and all others back, so that who had a tile of the
             expert with the most rows gets the shortest of every later one; otherwise forth and back in turn.
         short: of an expert's last rows that fill no stage, only as many as fill 16 are multiplied. bk is 64.
-        level: CTAs that have a short first tile take more tiles, until all have about as many rows; see
-            `deal`. Where the first round has tiles of 2 to `_CLASSES` experts. Where such tiles were dealt,
-            the rounds behind them are taken from both ends in turn: a tile of few rows takes as long to store
-            as one of many, and is stored between the products of the next one.
+        level: CTAs that have a short first tile take more tiles, until all have about as many rows, where
+            `levels` says so; see `deal`. Where such tiles were dealt, the rounds behind them are taken from
+            both ends in turn: a tile of few rows takes as long to store as one of many, and is stored between
+            the products of the next one.
     """
 
     bm: int = 128
@@ -82,7 +82,7 @@ def tiles_for(problem: WeightGradient) -> Tiles:
     # and 658, uniform 595 and 595. Back in all rounds, or in turn, leveled: 768 x 2048, uniform, 308 and 313;
     # 2048 x 1536, Zipf, 655 and 625.
     back = 2 * tiles_per_expert(problem, tiles) <= tiles.num_ctas
-    return tiles._replace(group=group, back=back, level=levels(problem, tiles))
+    return tiles._replace(group=group, back=back, level=True)
 
 
 def tiles_per_expert(problem: WeightGradient, tiles: Tiles) -> int:
@@ -91,11 +91,12 @@ def tiles_per_expert(problem: WeightGradient, tiles: Tiles) -> int:
 
 
 def levels(problem: WeightGradient, tiles: Tiles) -> bool:
-    """Whether tiles can be leveled: the first round has those of 2 to `_CLASSES` experts, and more than one
-    round follows; at most two rounds leave nothing to deal."""
+    """Whether the first tiles are dealt: `tiles.level` is on, and no expert is cut; the first round has tiles
+    of 2 to `_CLASSES` experts, and more than one round follows: two rounds leave nothing to deal."""
     per_expert, ctas = tiles_per_expert(problem, tiles), tiles.num_ctas
     total = problem.layout.num_experts * per_expert
-    return per_expert < ctas <= _CLASSES * per_expert and total > 2 * ctas
+    can = per_expert < ctas <= _CLASSES * per_expert and total > 2 * ctas
+    return tiles.level and not tiles.pieces and can
 
 
 def cutting(problem: WeightGradient) -> Tiles:
@@ -104,7 +105,7 @@ def cutting(problem: WeightGradient) -> Tiles:
     pieces = tiles.num_ctas * _TILES_PER_CTA // tiles_per_expert(problem, tiles)
     pieces = min(pieces, layout.num_rows // (STEPS_OF_PIECE * tiles.bk))
     # An expert is cut if it has two pieces' rows: with two pieces, only if it has all.
-    return tiles._replace(pieces=pieces, level=False) if pieces > 2 else tiles
+    return tiles._replace(pieces=pieces) if pieces > 2 else tiles
 
 
 def gathers_first(problem: WeightGradient) -> bool:

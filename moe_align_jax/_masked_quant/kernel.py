@@ -11,7 +11,7 @@ e experts, M rows, N = 128 G values of a row.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,81 +57,8 @@ def build(
     per_row, rows_per_tile = (groups, tile) if down else (-(-groups // tile), 1)
     work = Work(experts, rows, per_row, config.num_ctas, rows_per_tile)
 
-    def body(x_ref, masked_m_ref, q_ref, s_ref, *scratch):
-        memory = _Memory(tile, interpret)
-
-        def tiles_of(expert):
-            """Tiles of an expert, all of them there."""
-            return _tiles_of(work, masked_m_ref[expert])
-
-        def place(at):
-            """Row, and the tile's first group. A row's last tile overlaps the one before where tiles do not
-            divide it, as do the last rows of tiles of several: both write the same bits."""
-            row, part = lax.div(at, work.tiles_per_row), lax.rem(at, work.tiles_per_row)
-            if down:
-                return jnp.minimum(row * tile, rows - tile), part
-            return row, jnp.minimum(part * tile, groups - tile) if groups % tile else part * tile
-
-        def load(expert, at):
-            row, first = place(at)
-            halves, (at_row, at_group) = range(1 + problem.activates), cut(row, first)
-            return [memory.load(x_ref.at[expert, at_row, k, at_group]) for k in halves]
-
-        def cut(row, first):
-            return (pl.ds(row, tile), first) if down else (row, pl.ds(first, tile))
-
-        def finish(expert, at, *values):
-            row, first = place(at)
-            at_row, at_group = cut(row, first)
-            if problem.activates:
-                gate, up = values
-                value = _activation(problem, gate, up, interpret)
-            else:
-                value = values[0].astype(_F32)
-            q, scale = _quantise(problem, value, interpret)
-            memory.store(q_ref.at[expert, at_row, at_group], q)
-            if problem.packed:
-                _store_words(memory, s_ref, scratch[0], scale, expert, row, first)
-            elif problem.scale_layout == "row_major":
-                memory.store(s_ref.at[expert, at_row, at_group], scale)
-            else:
-                memory.store(s_ref.at[expert, at_group, at_row], scale)
-
-        def settle(expert, at, end):
-            """Skips experts whose tiles are used up; callers ensure that a tile remains."""
-
-            def next_expert(state):
-                expert = state[0] + 1
-                return expert, _I32(0), tiles_of(expert)
-
-            return lax.while_loop(lambda s: s[1] >= s[2], next_expert, (expert, at, end))
-
-        def one(_, carry):
-            expert, at, end = settle(*carry)
-            finish(expert, at, *load(expert, at))
-            return expert, at + 1, end
-
-        def ahead(_, carry):
-            expert, at, end, *tiles = carry
-            following = settle(expert, at + 1, end)
-            loaded = load(*following[:2])
-            finish(expert, at, *tiles)
-            return (*following, *loaded)
-
-        if config.pdl:
-            plgpu.griddepcontrol_wait()
-        find = _find_plainly if interpret else _find
-        expert, at, count, end = find(problem, work, masked_m_ref)
-        if not config.prefetch:
-            lax.fori_loop(0, count, one, (expert, at, end))
-            return
-
-        @pl.when(count > 0)
-        def _():
-            expert_, at_, _, *tiles = lax.fori_loop(
-                0, count - 1, ahead, (expert, at, end, *load(expert, at))
-            )
-            finish(expert_, at_, *tiles)
+    def body(*refs):
+        _Loop(problem, config, work, _Refs(*refs), interpret)()
 
     q = jax.ShapeDtypeStruct((experts, rows, groups, GROUP), jnp.float8_e4m3fn)
     scales = jax.ShapeDtypeStruct(problem.scales_shape, _I32 if problem.packed else _F32)
@@ -153,6 +80,113 @@ def build(
         ),
         **options,
     )
+
+
+class _Refs(NamedTuple):
+    """The kernel's operands and results, in order, and words of packed scales in shared memory."""
+
+    x: Any
+    masked_m: Any
+    q: Any
+    scales: Any
+    words: Any = None
+
+
+class _Loop:
+    """The loop of a CTA over its share of the tiles.
+
+    A tile is known by its expert and by its number `at` among those of the expert, of which there are `end`.
+    """
+
+    def __init__(
+        self,
+        problem: MaskedQuantProblem,
+        config: Config,
+        work: Work,
+        refs: _Refs,
+        interpret: bool,
+    ):
+        self.problem, self.config, self.work = problem, config, work
+        self.refs, self.interpret = refs, interpret
+        self.memory = _Memory(config.tile, interpret)
+
+    def __call__(self) -> None:
+        """All tiles of the share."""
+        if self.config.pdl:
+            plgpu.griddepcontrol_wait()
+        find = _find_plainly if self.interpret else _find
+        expert, at, count, end = find(self.problem, self.work, self.refs.masked_m)
+        if not self.config.prefetch:
+            lax.fori_loop(0, count, self._one, (expert, at, end))
+            return
+
+        @pl.when(count > 0)
+        def _():
+            first = (expert, at, end, *self._load(expert, at))
+            expert_, at_, _, *values = lax.fori_loop(0, count - 1, self._ahead, first)
+            self._finish(expert_, at_, *values)
+
+    def _one(self, _: jax.Array, carry: Any) -> Any:
+        """The next tile."""
+        expert, at, end = self._settle(*carry)
+        self._finish(expert, at, *self._load(expert, at))
+        return expert, at + 1, end
+
+    def _ahead(self, _: jax.Array, carry: Any) -> Any:
+        """A tile whose values are there; those of the next one are loaded first."""
+        expert, at, end, *values = carry
+        following = self._settle(expert, at + 1, end)
+        loaded = self._load(*following[:2])
+        self._finish(expert, at, *values)
+        return (*following, *loaded)
+
+    def _settle(self, expert: jax.Array, at: jax.Array, end: jax.Array) -> Any:
+        """Skips experts whose tiles are used up; callers ensure that a tile remains."""
+
+        def next_expert(state):
+            expert = state[0] + 1
+            return expert, _I32(0), _tiles_of(self.work, self.refs.masked_m[expert])
+
+        return lax.while_loop(lambda s: s[1] >= s[2], next_expert, (expert, at, end))
+
+    def _place(self, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Row, and the tile's first group. A row's last tile overlaps the one before where tiles do not
+        divide it, as do the last rows of tiles of several: both write the same bits."""
+        tile, groups = self.config.tile, self.problem.num_groups
+        row, part = lax.div(at, self.work.tiles_per_row), lax.rem(at, self.work.tiles_per_row)
+        if self.config.down:
+            return jnp.minimum(row * tile, self.problem.max_rows - tile), part
+        return row, jnp.minimum(part * tile, groups - tile) if groups % tile else part * tile
+
+    def _cut(self, row: jax.Array, first: jax.Array) -> tuple[Any, Any]:
+        """The tile's rows and groups: several of one, and one of the other."""
+        tile = self.config.tile
+        return (pl.ds(row, tile), first) if self.config.down else (row, pl.ds(first, tile))
+
+    def _load(self, expert: jax.Array, at: jax.Array) -> list[jax.Array]:
+        """A tile's values: gate and up, or without an activation one of them."""
+        row, first = self._place(at)
+        halves, (at_row, at_group) = range(1 + self.problem.activates), self._cut(row, first)
+        return [self.memory.load(self.refs.x.at[expert, at_row, k, at_group]) for k in halves]
+
+    def _finish(self, expert: jax.Array, at: jax.Array, *values: jax.Array) -> None:
+        """Quantises a tile, and stores its codes and scales."""
+        problem, refs, memory = self.problem, self.refs, self.memory
+        row, first = self._place(at)
+        at_row, at_group = self._cut(row, first)
+        if problem.activates:
+            gate, up = values
+            value = _activation(problem, gate, up, self.interpret)
+        else:
+            value = values[0].astype(_F32)
+        q, scale = _quantise(problem, value, self.interpret)
+        memory.store(refs.q.at[expert, at_row, at_group], q)
+        if problem.packed:
+            _store_words(memory, refs.scales, refs.words, scale, expert, row, first)
+        elif problem.scale_layout == "row_major":
+            memory.store(refs.scales.at[expert, at_row, at_group], scale)
+        else:
+            memory.store(refs.scales.at[expert, at_group, at_row], scale)
 
 
 class _Memory:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import cases, fetch, peers, report, run, timing
 from benchmarks import rows as rows_of
 from benchmarks.cases import Case, expected, mismatch
-from moe_align_jax._cli import traces
+from moe_align_jax import _traces as traces
 from moe_align_jax._cli.demo import plain_loop
 from tests import helpers
 
@@ -369,7 +369,7 @@ def test_span_without_a_gpu_is_wall_time_and_says_so():
 
 def test_one_trace_of_several_programs_is_cut_into_each_ones_executions():
     """Two programs, of 2 and 3 kernels, 3 executions each, by hand."""
-    from moe_align_jax._cli.traces import Event, spans_in_order
+    from moe_align_jax._traces import Event, spans_in_order
 
     events, now = [], 0.0
     for kernels, length in ((2, 1000.0), (3, 500.0)):
@@ -482,11 +482,11 @@ def test_report_shows_wins_losses_and_failures():
         ["8x256x16", "1.30", "3.90 (3.00x)", "-"],
         ["512x256x16", "4.00", "3.00 (0.75x)", "WRONG or failed"],
     ]
-    assert report.losses(ROWS) == "Of 2 comparisons we lose 1: 512x256x16 against vllm."
+    assert report.losses(ROWS) == "Ours is slower in 1 of 2 comparisons: 512x256x16 against vllm."
     text = report.markdown(ROWS)
     assert "**H100**, 2026-11-21, driver 1, jax 0.11.2, torch 2.11.0. " in text
     assert "| 8x256x16 | 1.30 | 3.90 (3.00x) | - |" in text and "commit" not in text
-    assert "Of 2 comparisons we lose 1: 512x256x16 against vllm." in text
+    assert "Ours is slower in 1 of 2 comparisons: 512x256x16 against vllm." in text
 
 
 def test_headline_shows_five_sizes_with_date_gpu_clock_and_launch():

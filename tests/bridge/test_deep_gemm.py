@@ -35,9 +35,9 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def _alignment_kept():
-    repeated.forget_all()
+    repeated.calls.forget_all()
     yield
-    repeated.forget_all()
+    repeated.calls.forget_all()
     deep_gemm.set_mk_alignment_for_contiguous_layout(128)
 
 
@@ -306,7 +306,7 @@ def test_what_differs_from_an_earlier_call_is_checked_again(fake):
     d = memory[: 384 * N].view(384, N)
     multiply(a, b, d, layout)
     check(d, wide_a @ wide_b[0].T)
-    assert len(repeated._known) == 1
+    assert len(repeated.calls._known) == 1
     off = memory[4 : 4 + 384 * N].view(384, N)  # its boundary
     multiply(a, b, off, layout)
     check(off, wide_a @ wide_b[0].T)

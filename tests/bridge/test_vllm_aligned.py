@@ -476,7 +476,7 @@ def test_known_calls_do_not_make_torch_compile_again(fresh_dynamo, fake, monkeyp
         return idx + 1
 
     for known in ("one", "another"):
-        monkeypatch.setitem(_vllm_launch.calls._known, (known,), None)
+        monkeypatch.setitem(_vllm_launch.calls._calls._known, (known,), None)
         idx, out = torch.tensor([[3, 0], [-1, 2], [1, 4]]), [unwritten(n) for n in (10, 5, 1)]
         globalize(idx, torch.tensor([2]), *out)
         assert idx.tolist() == [[7, 4], [-1, 6], [-1, -1]] and out[2].tolist() == [6]

@@ -20,7 +20,7 @@ from tests.matmul import oracle
 from tests.matmul.test_matmul import columns_of, routed
 from tests.matmul.test_matmul_forms import check as check_form
 from tests.matmul.test_matmul_forms import made
-from tests.no_gpu import matmul as no_gpu
+from tests.no_gpu import matmul_cases
 
 gpu = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -764,7 +764,7 @@ def test_halves_are_left_out_of_tiles_that_can_do_without():
 
 def test_pieces_in_shared_memory_divide_those_of_a_tile():
     """A slot is otherwise written for the next tile while the last store may still read it."""
-    for _, problem, config in no_gpu.problems():
+    for _, problem, config in matmul_cases.problems():
         if not isinstance(config, Config):  # of the kernel that sums up a token's pairs: no pieces
             continue
         shape = shape_of(problem, config)
@@ -787,10 +787,34 @@ def test_the_emulator_by_its_name():
 # -- on a GPU --------------------------------------------------------------------------------------
 
 
-def on_a_gpu():
-    """(What it is, a function that makes (problem, operands), tiles)."""
-    found = []
-    layouts = {"rows": {}, "columns": COLUMNS, "packed": PACKED, "packed rows": PACKED_ROWS}
+_LAYOUTS = {"rows": {}, "columns": COLUMNS, "packed": PACKED, "packed rows": PACKED_ROWS}
+_EVERY_LAYOUT = [*_LAYOUTS.items(), ("one scale", {"single": True})]
+# Cases: (what it is, a function that makes (problem, operands), tiles).
+
+
+def in_blocks(name, config, *size, **options):
+    """A case of `grouped_matmul`."""
+
+    def make(patch):
+        operands, given, _ = make_case(*size, answers=False, **options)
+        return made(patch, maj.grouped_matmul, *operands, **given)
+
+    return f"{name}, {config.name}", make, config
+
+
+def of_masked(name, config, layout, counts, most, **sizes):
+    """A case of `masked_grouped_matmul`."""
+
+    def make(patch):
+        rows, given = np.array(counts, np.int32), {"most": most, "answers": False} | sizes
+        x, w, options, _ = make_masked(layout, counts=rows, **given)
+        return made(patch, maj.masked_grouped_matmul, x, w, rows, **options)
+
+    return f"{name}, {config.name}", make, config
+
+
+def every_layout_of_blocks():
+    """Scales of every layout in tiles of every height, with and without an activation."""
     of_block = {
         8: SWAP._replace(bm=8),
         16: SWAP,
@@ -799,118 +823,106 @@ def on_a_gpu():
         128: M,
         192: TALL,
     }
-
-    def add(name, config, *size, **options):
-        def make(patch):
-            operands, given, _ = make_case(*size, answers=False, **options)
-            return made(patch, maj.grouped_matmul, *operands, **given)
-
-        found.append((f"{name}, {config.name}", make, config))
-
     silus = [{}, {"interleaved": True}, {"pair": True, "weights": OF_EXPERTS}] * 2
-    every = [*layouts.items(), ("one scale", {"single": True})]
-    for (name, layout), silu in zip(every, silus[:5], strict=True):
+    for (name, layout), silu in zip(_EVERY_LAYOUT, silus[:5], strict=True):
         for gather in (False, True):
             for block, config in of_block.items():
                 size = (90, 2, 7, 384, 320, block)
                 text = f"{name}{', gathered' if gather else ''}"
-                add(text, config, *size, gather=gather, layout=layout)
+                yield in_blocks(text, config, *size, gather=gather, layout=layout)
                 wide = config if block >= 64 else WIDE._replace(bm=block, stages=4)
                 both = {"bias": True, "row_weights": True, "routing": "dropped"}
                 more = SILU | both | silu | {"gather": gather, "layout": layout}
-                add(f"{text}, silu", wide, *size, **more)
+                yield in_blocks(f"{text}, silu", wide, *size, **more)
     for config in (N, M._replace(late=False), TALL):
         float32 = {"preferred_element_type": "float32", "gather": False}
-        add("float32", config, 90, 2, 7, 256, 192, config.bm, **float32)
-        add("partial", config, 90, 2, 7, 256, 192, config.bm - 12, gather=False)
-    for name, layout in every:
+        yield in_blocks("float32", config, 90, 2, 7, 256, 192, config.bm, **float32)
+        yield in_blocks("partial", config, 90, 2, 7, 256, 192, config.bm - 12, gather=False)
+    for name, layout in _EVERY_LAYOUT:
         for routing in ("uniform", "dropped"):
             more = {"gather": False, "routing": routing, "layout": layout}
-            add(f"halves, {name}, {routing}", HALVES, 300, 2, 9, 384, 448, 128, **more)
+            yield in_blocks(f"halves, {name}, {routing}", HALVES, 300, 2, 9, 384, 448, 128, **more)
+
+
+def shared_blocks():
+    """Tiles of clusters: CTAs that share what they load, or a tile's k; and tiles of one warpgroup."""
     tall = TALL._replace(sharing=2, ahead=True)
     early = TALL._replace(ahead=True, early=True)
     peeled = early._replace(sharing=2, peeled=True)
     for config in (BROAD, BESIDE, EARLY, TALL._replace(sharing=1), tall, early, peeled):
-        for name, layout in layouts.items():
-            text = f"sharing, {name}"
-            add(text, config, 300, 2, 3, 384, 448, config.bm, gather=False, layout=layout)
+        for name, layout in _LAYOUTS.items():
+            size = (300, 2, 3, 384, 448, config.bm)
+            yield in_blocks(f"sharing, {name}", config, *size, gather=False, layout=layout)
     for config in (BESIDE, EARLY, tall._replace(early=True)):
         config = config._replace(paired=True)
-        for name, layout in layouts.items():
+        for name, layout in _LAYOUTS.items():
             size = (300, 2, 3, 384 if name == "packed rows" else 2048, 448, config.bm)
-            add(f"paired, {name}, {size[3]}", config, *size, gather=False, layout=layout)
+            text = f"paired, {name}, {size[3]}"
+            yield in_blocks(text, config, *size, gather=False, layout=layout)
     for config in (BESIDE, EARLY):
-        size = (300, 2, 3, 384, 448, 128)
-        add("sharing, float32", config, *size, gather=False, preferred_element_type="float32")
-        add("sharing, one scale", config, *size, gather=False, layout={"single": True})
-    for name, layout in layouts.items():
+        size, float32 = (300, 2, 3, 384, 448, 128), {"preferred_element_type": "float32"}
+        yield in_blocks("sharing, float32", config, *size, gather=False, **float32)
+        single = {"single": True}
+        yield in_blocks("sharing, one scale", config, *size, gather=False, layout=single)
+    for name, layout in _LAYOUTS.items():
         for gated in (False, True):
             config = (WIDE if gated else SWAP)._replace(bm=8, stages=4, split=4, num_ctas=128)
             more = (SILU if gated else {}) | {"layout": layout}
-            add(f"k in 4, {name}", config, 5, 8, 7, 1536, 320, 1, **more)
+            yield in_blocks(f"k in 4, {name}", config, 5, 8, 7, 1536, 320, 1, **more)
             config = ALONE._replace(bm=8, bn=128 if gated else 64, stages=6, num_ctas=264)
-            add(f"alone, {name}", config, 90, 2, 7, 384, 320, 8, gather=gated, **more)
-    add("one piece", M, 90, 2, 7, 256, 64, 128)
-    add("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
-    for name, layout in layouts.items():
-        of_most = [
-            (20, SWAP),
-            (20, ALONE),
-            (200, N),
-            (200, N._replace(ahead=True, early=True)),
-            (512, M),
-            (500, TALL),
-        ]
-        of_most += [(most, config._replace(skips=True)) for most, config in of_most[-2:]]
-        both = {"skips": True, "ahead": True}
-        shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
-        shared.append(TALL._replace(**both, sharing=2, early=True))
-        shared.append(shared[-1]._replace(peeled=True))
-        alone = shared[0]._replace(sharing=0)
-        finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), alone, *shared[2:], N, M)
-        of_most += [(200, config._replace(finds=True)) for config in finds]
-        of_most += [(512, config) for config in shared]
-        of_group = [*shared[1:], alone, TALL._replace(**both)]
-        of_group = [config._replace(finds=True, by_expert=True, group=2) for config in of_group]
-        of_most += [(500, config) for config in of_group]
-        trims = [c._replace(finds=True, trims=True) for c in (*shared[1:3], alone)]
-        of_most += [(512, config) for config in trims]
-        swapped = SWAP._replace(ahead=True, early=True, finds=True)
-        of_most += [(200, swapped._replace(bm=bm)) for bm in (48, 80, 104, 112, 120)]
-        of_most.append((200, swapped._replace(bm=128, stages=5)))
-        for most, config in of_most:
-            counts = np.array([most, 0, 3, most // 2], np.int32)
+            yield in_blocks(f"alone, {name}", config, 90, 2, 7, 384, 320, 8, gather=gated, **more)
+    yield in_blocks("one piece", M, 90, 2, 7, 256, 64, 128)
+    yield in_blocks("parts", M, 300, 2, 3, 256, 192, 256, gather=False)
 
-            def make(patch, layout=layout, most=most, counts=counts):
-                x, w, options, _ = make_masked(layout, counts=counts, most=most, answers=False)
-                return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
 
-            found.append((f"masked {most}, {name}, {config.name}", make, config))
+def masked_tiles():
+    """(Rows of the largest expert, tiles) of the masked layout."""
+    of_most = [
+        (20, SWAP),
+        (20, ALONE),
+        (200, N),
+        (200, N._replace(ahead=True, early=True)),
+        (512, M),
+        (500, TALL),
+    ]
+    of_most += [(most, config._replace(skips=True)) for most, config in of_most[-2:]]
+    both = {"skips": True, "ahead": True}
+    shared = [BROAD._replace(**both), BESIDE._replace(**both), EARLY._replace(**both)]
+    shared.append(TALL._replace(**both, sharing=2, early=True))
+    shared.append(shared[-1]._replace(peeled=True))
+    alone = shared[0]._replace(sharing=0)
+    finds = (SWAP, ALONE, ALONE._replace(stages=8, num_ctas=264), alone, *shared[2:], N, M)
+    of_most += [(200, config._replace(finds=True)) for config in finds]
+    of_most += [(512, config) for config in shared]
+    of_group = [*shared[1:], alone, TALL._replace(**both)]
+    of_group = [config._replace(finds=True, by_expert=True, group=2) for config in of_group]
+    of_most += [(500, config) for config in of_group]
+    trims = [c._replace(finds=True, trims=True) for c in (*shared[1:3], alone)]
+    of_most += [(512, config) for config in trims]
+    swapped = SWAP._replace(ahead=True, early=True, finds=True)
+    of_most += [(200, swapped._replace(bm=bm)) for bm in (48, 80, 104, 112, 120)]
+    return [*of_most, (200, swapped._replace(bm=128, stages=5))]
 
-    def many(patch):
-        counts = np.resize(np.array([30, 0, 3, 17, 64], np.int32), 30)
-        x, w, options, _ = make_masked(COLUMNS, counts=counts, most=64, answers=False)
-        return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
 
+def masked():
+    """Cases of the masked layout."""
+    for name, layout in _LAYOUTS.items():
+        for most, config in masked_tiles():
+            counts = [most, 0, 3, most // 2]
+            yield of_masked(f"masked {most}, {name}", config, layout, counts, most)
     for name in ("columns", "packed", "rows"):
         for config in (BESIDE, EARLY, TALL._replace(sharing=2, ahead=True, early=True)):
             config = config._replace(skips=True, finds=True)
             config = config._replace(paired=config.bm == 128, peeled=config.bm == 192)
-
-            def paired(patch, layout=layouts[name]):
-                counts = np.array([600, 0, 3, 300], np.int32)
-                given = {"counts": counts, "most": 600, "k": 2048, "n": 448, "answers": False}
-                x, w, options, _ = make_masked(layout, **given)
-                return made(patch, maj.masked_grouped_matmul, x, w, counts, **options)
-
-            found.append((f"paired, masked 600, {name}, {config.name}", paired, config))
+            given = (_LAYOUTS[name], [600, 0, 3, 300], 600)
+            yield of_masked(f"paired, masked 600, {name}", config, *given, k=2048, n=448)
+    counts = np.resize([30, 0, 3, 17, 64], 30)
     for config in (SWAP, ALONE, M, BESIDE._replace(skips=True), EARLY._replace(peeled=True)):
         config = config._replace(finds=True)
-        found.append((f"masked, 30 experts, {config.name}", many, config))
-    return found
+        yield of_masked("masked, 30 experts", config, COLUMNS, counts, 64)
 
 
-ON_A_GPU = on_a_gpu()
+ON_A_GPU = [*every_layout_of_blocks(), *shared_blocks(), *masked()]
 
 
 @pytest.mark.gpu

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import moe_align_jax
+from moe_align_jax import _traces as traces
 from moe_align_jax import cli
-from moe_align_jax._cli import checkout, demo, info, traces
+from moe_align_jax._cli import checkout, demo, info
 from moe_align_jax._cli.app import app
 from moe_align_jax.types import AlignedBlocks
 from tests.helpers import unwritable

@@ -503,6 +503,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.cli": {
         "lazily moe_align_jax._cli",
     },
+    "moe_align_jax._traces": set(),
     "moe_align_jax._cli": {
         "moe_align_jax",
     },
@@ -706,6 +707,7 @@ FOREIGN: dict[str, set[str]] = {
         "moe_align_jax._grouped_matmul.cta_tiles",
         "moe_align_jax._grouped_matmul.heights_loop",
         "moe_align_jax._grouped_matmul.kernel",
+        "moe_align_jax._grouped_matmul.late_tiles",
         "moe_align_jax._grouped_matmul.load_loop",
         "moe_align_jax._grouped_matmul.loads",
         "moe_align_jax._grouped_matmul.memory",

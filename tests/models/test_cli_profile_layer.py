@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
-from moe_align_jax._cli import profile_layer, traces
+from moe_align_jax import _traces as traces
+from moe_align_jax._cli import profile_layer
 from moe_align_jax._cli.app import app
 from moe_align_jax._cli.profile_layer import Operation
 

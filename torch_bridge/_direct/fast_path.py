@@ -1,4 +1,4 @@
-"""The fast path: how a call that is like an earlier one is launched. Every entry point tries it first.
+"""The fast path: how an alignment that is like an earlier one is launched. Every entry point tries it first.
 
 The checks, the plan and the size arithmetic of a call depend on its shape, dtype, device and options alone.
 Once a call has succeeded, `_direct/call.py` keeps it here as a `KnownCall`. A later call with the same
@@ -18,7 +18,7 @@ from torch_bridge._direct.problems import ID_WORDS, KernelProblem
 from torch_bridge._direct.program import LoadedProgram
 from torch_bridge._specs import AlignSpec, BatchedSpec, SglangSpec, Spec
 
-_MAX_KNOWN, _MAX_APART, _MAX_LAST_APART = 1 << 14, 16, 64
+_MAX_KNOWN, _MAX_APART = 1 << 14, 16
 _INT32, _ONE = torch.int32, (1,)
 
 # A call's form: whose convention it follows, what it returns besides the three results, and whether it
@@ -87,28 +87,6 @@ def matcher(*tensors: torch.Tensor) -> Callable[..., bool]:
 
 # Types of a tensor that a repeated call takes: a subclass may compute with the call in its own way.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def last_is_apart(
-    apart: set[tuple[int, ...]], pointers: tuple[int, ...], sizes: Sequence[int]
-) -> bool:
-    """Whether the last tensor of a call, its result, shares no byte with another; if so, `apart` gets these
-    pointers, so that the next call need not ask.
-
-    Args:
-        apart: pointers of earlier calls of which that is so.
-        pointers: of the call's tensors.
-        sizes: bytes that each of them reaches over.
-    """
-    *others, first = pointers
-    end = first + sizes[-1]
-    for pointer, size in zip(others, sizes, strict=False):
-        if first < pointer + size and pointer < end:
-            return False
-    if len(apart) >= _MAX_LAST_APART:
-        apart.clear()
-    apart.add(pointers)
-    return True
 
 
 def _is_plain(tensor: Any, shape: Sequence[int] | None, device: int) -> bool:

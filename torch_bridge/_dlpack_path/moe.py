@@ -162,11 +162,9 @@ def run(
         inputs |= _narrowed(call, inputs)
         if device.type == "cpu" and "sorted_token_ids" in inputs:
             _check_aligned(call, inputs)
-        arrays = {name: dlpack.share(x) for name, x in inputs.items()}
-        results = _run(arrays, call=call, implementation=plan.implementation)
-        handed = hand_over(results, copy="outputs" in plan.copies, out=None)
-        # Behind this the inputs may be released: torch's stream waits for the program.
-        del arrays, inputs
+        program = functools.partial(_run, call=call, implementation=plan.implementation)
+        views = dlpack.call_jax(program, inputs)
+        handed = hand_over(views, copy="outputs" in plan.copies, out=None)
         if out is not None:
             handed[0] = out.copy_(handed[0])
     return tuple(handed)

@@ -4,7 +4,7 @@ On CUDA the host never waits for the GPU. Three rules make that safe:
 1. XLA's stream waits for torch's current stream at the import (DLPack's stream argument).
 2. Results are exported, which makes torch's current stream wait for the program, *before* the
    inputs are released or the caller may overwrite them: torch then reuses input memory only behind
-   that wait.
+   that wait. So jax need not hold that memory, and does not (`dlpack.call_jax`).
 3. Results are copied into torch's memory, and XLA's memory is kept until an event behind that copy
    has passed: XLA orders the reuse of its memory by its own stream, which knows nothing of the copy.
 On a CPU the export returns when the program is done, so both sides may do as they like afterwards.
@@ -21,8 +21,6 @@ from torch_bridge import dlpack
 from torch_bridge._specs import Spec
 
 if TYPE_CHECKING:
-    import jax
-
     from torch_bridge._resolved import Resolved
 
 # XLA memory that may wait for torch's copies before a call waits for the oldest of them.
@@ -57,12 +55,11 @@ def run_in_jax(
             name: dlpack.compact_copy(x) if name in plan.copies else x
             for name, x in operands.items()
         }
-        arrays = {name: dlpack.share(_flat(name, x)) for name, x in inputs.items()}
-        results = jax_calls.run(spec, plan.implementation, arrays, max_valid_pairs)
-        handed = hand_over(results, copy="outputs" in plan.copies, out=out)
-    # Only now may the inputs be released: torch's stream waits for the program (rule 2).
-    del arrays, inputs
-    return handed
+        views = dlpack.call_jax(
+            lambda arrays: jax_calls.run(spec, plan.implementation, arrays, max_valid_pairs),
+            {name: _flat(name, x) for name, x in inputs.items()},
+        )
+        return hand_over(views, copy="outputs" in plan.copies, out=out)
 
 
 def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -86,16 +83,15 @@ def _empty_results(
 
 
 def hand_over(
-    results: "Sequence[jax.Array]", *, copy: bool, out: Sequence[torch.Tensor] | None
+    views: list[torch.Tensor], *, copy: bool, out: Sequence[torch.Tensor] | None
 ) -> list[torch.Tensor]:
-    """jax's results as torch tensors: on CUDA torch's current stream waits for them, on a CPU they are ready.
+    """The results of a call.
 
     Args:
-        results: of the jax program.
+        views: of XLA's memory, from `dlpack.call_jax`.
         copy: copy them into torch's memory.
         out: tensors to copy them into; None for new ones.
     """
-    views = [dlpack.to_torch(x) for x in results]
     if not copy:
         return views
     targets = list(out) if out is not None else [torch.empty_like(x) for x in views]

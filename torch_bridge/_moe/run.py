@@ -7,7 +7,7 @@ import torch
 
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
 from torch_bridge import _plan, dlpack
-from torch_bridge._direct import fast_path, store
+from torch_bridge._direct import known_calls, store
 from torch_bridge._moe import direct
 from torch_bridge._moe.calls import Call, Layer, Matmul
 from torch_bridge._moe.programs import LayerPrograms, layer_programs, matmul_program
@@ -203,33 +203,9 @@ def _launch(
 
 # What a call is known by: shapes and the caller's options.
 type Key = tuple[Any, ...]
-_MAX_KNOWN = 1 << 12
 type Bound = direct.BoundLayer | direct.BoundMatmul
 
-
-class _Known(NamedTuple):
-    """A call that was launched on its tensors as they lay.
-
-    Attributes:
-        programs: the store of its programs.
-        bound: its launches.
-        matches: whether other tensors are like those of the call, but for where they lie.
-        masks: of each tensor's pointer, the bits that must be zero.
-        sizes: bytes of each tensor.
-        has_out: whether the last tensor is the result.
-        apart: pointers of these that were seen to overlap nowhere.
-    """
-
-    programs: store.Store
-    bound: Bound
-    matches: Any
-    masks: tuple[int, ...]
-    sizes: tuple[int, ...]
-    has_out: bool
-    apart: set[tuple[int, ...]]
-
-
-_known: dict[Key, _Known] = {}
+_calls = known_calls.KnownCalls[Bound]()
 
 
 def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
@@ -239,35 +215,17 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
         key: shapes, and the options as the caller gave them, unchecked.
         tensors: what the caller gave, unchecked, in the order of the bound call; then `out`, if given.
     """
-    # Asked first: what is known would otherwise be a part of what a compiled graph depends on.
-    if not fast_path.open_to_all() or not _known:
+    found = _calls.find(key, tensors)
+    if found is None:
         return None
-    try:
-        known = _known.get(key)
-    except TypeError:  # an option that is no key
-        return None
-    if known is None or known.programs is not store.here:
-        return None
-    wants_gradients = torch.is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) not in fast_path.PLAIN or tensor.is_nested:
-            return None
-        if wants_gradients and tensor.requires_grad:
-            return None
-    bound = known.bound
-    if known.programs.machine.current_device() != bound.device or not known.matches(*tensors):
-        return None
-    pointers = tuple([tensor.data_ptr() for tensor in tensors])
-    for pointer, mask in zip(pointers, known.masks, strict=True):
-        if pointer & mask:
-            return None
-    if not known.has_out:
-        return bound.run_plain(pointers)
-    if pointers not in known.apart and not fast_path.last_is_apart(
-        known.apart, pointers, known.sizes
-    ):
-        return None
-    return bound.run_plain(pointers[:-1], tensors[-1])
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return None
+    bound, pointers = found
+    if len(pointers) > len(bound.order):
+        return bound.run_plain(pointers[:-1], tensors[-1])
+    return bound.run_plain(pointers)
 
 
 def _remember(
@@ -283,16 +241,11 @@ def _remember(
         tensors.append(out)
         masks.append(bound.needed["out"] - 1)
     for tensor, mask in zip(tensors, masks, strict=True):
-        if type(tensor) not in fast_path.PLAIN or direct.copy_reason(tensor, mask + 1):
+        if direct.copy_reason(tensor, mask + 1):
             return
-    if len(_known) >= _MAX_KNOWN:
-        _known.clear()
-    sizes = tuple([tensor.nbytes for tensor in tensors])
-    matches = fast_path.matcher(*tensors)
-    given = (store.here, bound, matches, tuple(masks), sizes, out is not None, set())
-    _known[key] = _Known(*given)
+    _calls.keep(key, tensors, bound, masks=masks, writes=out is not None)
 
 
 def forget_all() -> None:
     """Every call takes the ordinary way again."""
-    _known.clear()
+    _calls.forget_all()

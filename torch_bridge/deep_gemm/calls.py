@@ -287,11 +287,12 @@ def _by_jax(call: Call) -> None:
     implementation = primitive.choose(problem, platform, _plan.forced_implementation())
     boundary = dlpack.alignment(device.type, implementation)
     with dlpack.on_device(device):
-        operands = [
-            dlpack.share(dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x)
-            for x in _tensors(call)
-        ]
-        view = dlpack.to_torch(_compiled(problem, implementation)(*operands))
+        inputs = {
+            name: dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x
+            for name, x in zip(problem.inputs, _tensors(call), strict=True)
+        }
+        compiled = _compiled(problem, implementation)
+        [view] = dlpack.call_jax(lambda arrays: [compiled(*arrays.values())], inputs)
         call.d.detach().copy_(view.view(call.d.shape))
         if device.type == "cuda":
             dlpack_call.kept_memory.keep_until_read([view])

@@ -1,49 +1,29 @@
 """How a call of DeepGEMM's products that is like an earlier one is launched, past all checks but a few.
 
 The checks, the program and the order of its values depend on the tensors' shapes, strides and dtypes and on
-the options alone. A call whose tensors all lay as the kernel reads them is kept (`remember`). A later one
-with the same key is compared with it (`repeat`): whether its tensors are alike, lie on the same boundaries,
-and share no memory with d.
+the options alone. A call whose tensors all lay as the kernel reads them is kept (`remember`), for later ones
+like it (`repeat`).
 """
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from torch_bridge._direct import fast_path, store
-
-_MAX_KNOWN = 1024
+from torch_bridge._direct import known_calls
 
 
-class _Known(NamedTuple):
-    """A call that was launched.
+class _Product(NamedTuple):
+    """What launches a call.
 
     Attributes:
-        programs: where its program is loaded.
-        device: of its tensors.
-        matches: whether other tensors are like its own.
-        masks: of each tensor's pointer, the bits that must be 0.
-        spans: bytes that each of them reaches over; d is the last.
-        scales: which of them has scales that lie in columns, and the bytes that its memory must have behind
+        launch: the program's launch, of the tensors' pointers.
+        scales: which tensor has scales that lie in columns, and the bytes that its memory must have behind
             its first; None if there is none.
-        pick: from (numbers, then pointers) the values of the launch, in order.
-        numbers: those of the values that are no pointers.
-        launch: the program's.
-        apart: pointers of which it is known that d shares no byte with another.
     """
 
-    programs: Any
-    device: int
-    matches: Callable[..., bool]
-    masks: tuple[int, ...]
-    spans: tuple[int, ...]
+    launch: Callable[[tuple[int, ...]], None]
     scales: tuple[int, int] | None
-    pick: Callable[[tuple[int, ...]], tuple[int, ...]]
-    numbers: tuple[int, ...]
-    launch: Callable[..., None]
-    apart: set[tuple[int, ...]]
 
 
 class Launched(NamedTuple):
@@ -66,46 +46,27 @@ class Launched(NamedTuple):
     launch: Callable[..., None]
 
 
-_known: dict[Any, _Known] = {}
-
-
-def forget_all() -> None:
-    """Every call takes the ordinary way again."""
-    _known.clear()
+# Known by their options, and by the shapes of a and b.
+calls = known_calls.KnownCalls[_Product](num_shapes=2)
 
 
 def repeat(options: tuple[Any, ...], tensors: Sequence[Any]) -> bool:
     """Launches a call like an earlier one; False for every other call, valid or not.
 
     Args:
-        options: of the call, by which it is known together with the shapes of a and b.
+        options: of the call.
         tensors: what the caller gave, unchecked: a, b, more, d.
     """
-    # Asked first: what is known would otherwise be a part of what a compiled graph depends on.
-    if not fast_path.open_to_all() or not _known:
+    found = calls.find(options, tensors)
+    if found is None:
         return False
-    for tensor in tensors:
-        if type(tensor) not in fast_path.PLAIN or tensor.is_nested:
-            return False
-    known = _known.get((options, tensors[0].shape, tensors[1].shape))
-    if known is None or known.programs is not store.here:
-        return False
-    if known.programs.machine.current_device() != known.device or not known.matches(*tensors):
-        return False
-    pointers = tuple([tensor.data_ptr() for tensor in tensors])
-    for pointer, mask in zip(pointers, known.masks, strict=True):
-        if pointer & mask:
-            return False
-    if known.scales is not None:
-        which, needed = known.scales
+    (launch, scales), pointers = found
+    if scales is not None:
+        which, needed = scales
         storage = tensors[which].untyped_storage()
         if pointers[which] + needed > storage.data_ptr() + storage.nbytes():
             return False
-    if pointers not in known.apart and not fast_path.last_is_apart(
-        known.apart, pointers, known.spans
-    ):
-        return False
-    known.launch(*known.pick(known.numbers + pointers))
+    launch(pointers)
     return True
 
 
@@ -118,36 +79,20 @@ def remember(
     """Lets `repeat` do calls like one that was just launched. Not where something of it was copied.
 
     Args:
-        options: as for `repeat`.
-        tensors: those of the call, as the caller gave them: a, b, more, d.
+        options, tensors: as for `repeat`.
         launched: what the program got.
         scales: which of the tensors has scales that lie in columns.
     """
-    if any(type(tensor) not in fast_path.PLAIN for tensor in tensors):
+    at = {tensor.data_ptr(): k for k, tensor in enumerate(tensors)}
+    if len(at) < len(tensors) or not set(launched.pointers.values()) <= set(at):
         return
-    which = {tensor.data_ptr(): k for k, tensor in enumerate(tensors)}
-    if len(which) < len(tensors) or not set(launched.pointers.values()) <= set(which):
-        return
-    count = len(launched.numbers)
-    place = {name: k for k, name in enumerate(launched.numbers)}
+    which = {name: at[pointer] for name, pointer in launched.pointers.items()}
     masks, spans, pitched = [0] * len(tensors), [tensor.nbytes for tensor in tensors], None
-    for name, pointer in launched.pointers.items():
-        place[name] = count + which[pointer]
-        masks[which[pointer]] = launched.needed[name] - 1
+    for name, k in which.items():
+        masks[k] = launched.needed[name] - 1
     if scales is not None:  # up to the end of the last column
         pitched = scales, launched.scale_bytes
         spans[scales] = launched.scale_bytes
-    if len(_known) >= _MAX_KNOWN:
-        _known.clear()
-    _known[options, tensors[0].shape, tensors[1].shape] = _Known(
-        store.here,
-        tensors[-1].get_device(),
-        fast_path.matcher(*tensors),
-        tuple(masks),
-        tuple(spans),
-        pitched,
-        operator.itemgetter(*[place[name] for name in launched.order]),
-        tuple(launched.numbers.values()),
-        launched.launch,
-        set(),
-    )
+    launch = known_calls.launch_of(launched.launch, launched.order, which, launched.numbers)
+    bound = _Product(launch, pitched)
+    calls.keep(options, tensors, bound, masks=masks, spans=spans, writes=True)

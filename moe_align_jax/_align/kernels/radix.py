@@ -23,124 +23,157 @@ _FINISH_WARPGROUPS = 4
 _MAX_CHUNKS = 128  # of experts; at most a thread each in the scan
 
 
-def _pass_kernels(
-    problem: AlignProblem, partition: counting.Partition, index: int, shift: int, bits: int
-) -> list[Kernel]:
-    """One stable pass by the digit `key >> shift`, from keys and pairs `index` to `index + 1`."""
-    n = problem.num_pairs
-    threads, num_warps, stride = partition.threads, partition.num_warps, partition.stride
-    num_bins = partition.num_bins
-    per_thread = -(-num_bins // threads)
-    histograms = f"histograms{index}"
-    keys, pairs = f"keys{index}", f"pairs{index}"
-    inputs = (
-        problem.inputs if index == 0 else {keys: (n,), pairs: (n,), **common.launch_sizes(problem)}
-    )
-    outputs = {f"keys{index + 1}": (n,), f"pairs{index + 1}": (n,)}
+class _Pass:
+    """One stable pass by a digit, `bits` of `key >> shift`, from keys and pairs `index` to `index + 1`."""
 
-    def read(t: Simt, r: SimpleNamespace, position: Int) -> tuple[Int, Int, Int]:
+    def __init__(
+        self,
+        problem: AlignProblem,
+        partition: counting.Partition,
+        index: int,
+        shift: int,
+        bits: int,
+    ):
+        self.problem, self.partition, self.index = problem, partition, index
+        self.shift, self.bits = shift, bits
+        self.keys, self.pairs = f"keys{index}", f"pairs{index}"
+        self.next_keys, self.next_pairs = f"keys{index + 1}", f"pairs{index + 1}"
+        self.histograms = f"histograms{index}"
+
+    def kernels(self) -> list[Kernel]:
+        """The one that counts, and the one that places."""
+        n, partition, stride = self.problem.num_pairs, self.partition, self.partition.stride
+        inputs = self.problem.inputs
+        if self.index:
+            sizes = common.launch_sizes(self.problem)
+            inputs = {self.keys: (n,), self.pairs: (n,), **sizes}
+        count = counting.count_kernel(
+            f"moe_align_radix_count{self.index}",
+            self.problem,
+            partition,
+            lambda t, r, position: self.read(t, r, position)[2],
+            inputs,
+            self.histograms,
+        )
+        place = Kernel(
+            name=f"moe_align_radix_place{self.index}",
+            body=lambda t, r: _Placing(self, t, r)(),
+            inputs={**inputs, **count.outputs},
+            outputs={self.next_keys: (n,), self.next_pairs: (n,)},
+            shared={
+                "histogram": partition.num_warps * stride,
+                "start": stride,
+                "totals": stride,
+                "scratch": WARP,
+            },
+            num_warpgroups=partition.num_warpgroups,
+            num_ctas=partition.num_ctas,
+        )
+        return [count, place]
+
+    def read(self, t: Simt, r: SimpleNamespace, position: Int) -> tuple[Int, Int, Int]:
         """(key, pair, digit); the digit is -1 past the end."""
+        problem = self.problem
         sizes = common.Sizes(t, r, problem)
         inside = position.below(sizes.num_pairs)
-        if index == 0:
+        if self.index == 0:
             limit = common.pair_limit(t, r, problem)
             expert = common.read_expert(t, r, problem, sizes, position, limit)
             key, pair = t.select(expert >= 0, expert, problem.num_experts), position
         else:
             at = common.at_most(t, position, sizes.num_pairs - 1)
-            key, pair = t.load(getattr(r, keys), at), t.load(getattr(r, pairs), at)
-        return key, pair, t.select(inside, (key >> shift) & ((1 << bits) - 1), -1)
+            key, pair = t.load(getattr(r, self.keys), at), t.load(getattr(r, self.pairs), at)
+        return key, pair, t.select(inside, (key >> self.shift) & ((1 << self.bits) - 1), -1)
 
-    def read_digit(t: Simt, r: SimpleNamespace, position: Int) -> Int:
-        return read(t, r, position)[2]
 
-    def place(t: Simt, r: SimpleNamespace) -> None:
-        tid, lane, warp = common.thread_ids(t)
-        cta = t.cta_id()
-        row_of_warp = warp * stride
-        mine = [tid * per_thread + k for k in range(per_thread)]
+class _Placing:
+    """What a thread of the kernel that places does: it writes keys and pairs in the order of their digits."""
 
-        def clear_histogram() -> None:
-            collectives.fill(t, r.histogram, 0, num_warps * stride, tid, threads, vector=True)
+    def __init__(self, this: _Pass, t: Simt, r: SimpleNamespace):
+        self.this, self.partition, self.t, self.r = this, this.partition, t, r
+        self.tid, self.lane, self.warp = common.thread_ids(t)
+        self.cta = t.cta_id()
+        self.row_of_warp = self.warp * self.partition.stride
+        per_thread = -(-self.partition.num_bins // self.partition.threads)
+        self.mine = [self.tid * per_thread + k for k in range(per_thread)]  # bins
 
+    def __call__(self) -> None:
+        """All tiles of the CTA."""
+        t, r, partition = self.t, self.r, self.partition
         for sums in (r.start, r.totals):
-            collectives.fill(t, sums, 0, stride, tid, threads, vector=True)
+            collectives.fill(t, sums, 0, partition.stride, self.tid, partition.threads, vector=True)
         t.block_sync()
         t.grid_dependency_wait()
         t.launch_dependents()
-        tiles = partition.tiles_of(common.Sizes(t, r, problem).num_pairs)
+        tiles = partition.tiles_of(common.Sizes(t, r, self.this.problem).num_pairs)
+        once = self._read_tile(tiles, 0) if partition.tiles == 1 else None
+        self._find_starts()
+        for tile in t.for_range(0, tiles):
+            # Before a barrier, so that all loads start together: behind it ptxas would spread them.
+            self._place_tile(once or self._read_tile(tiles, tile))
 
-        def read_tile(tile: Int | int) -> list[tuple[Int, Int, Int]]:
-            first = (
-                cta * (tiles * partition.tile)
-                + tile * partition.tile
-                + warp * (partition.rounds * WARP)
-            )
-            return [read(t, r, first + (k * WARP + lane)) for k in range(partition.rounds)]
+    def _read_tile(self, tiles: Int | int, tile: Int | int) -> list[tuple[Int, Int, Int]]:
+        """(key, pair, digit) of this thread's positions of a tile; `tiles`: of the CTA."""
+        partition = self.partition
+        first = (
+            self.cta * (tiles * partition.tile)
+            + tile * partition.tile
+            + self.warp * (partition.rounds * WARP)
+        )
+        return [
+            self.this.read(self.t, self.r, first + (k * WARP + self.lane))
+            for k in range(partition.rounds)
+        ]
 
-        once = read_tile(0) if partition.tiles == 1 else None
-        sums = counting.HistogramSums(t, r, partition, histograms)
+    def _find_starts(self) -> None:
+        """Into `start`, where this CTA writes its first pair of each bin."""
+        t, r, num_bins = self.t, self.r, self.partition.num_bins
+        sums = counting.HistogramSums(t, r, self.partition, self.this.histograms)
         sums.read()
         sums.add(before="start", totals="totals")
         t.block_sync()
         totals = [
-            collectives.value_if(t, d < num_bins, lambda d=d: t.load(r.totals, d), 0) for d in mine
+            collectives.value_if(t, d < num_bins, lambda d=d: t.load(r.totals, d), 0)
+            for d in self.mine
         ]
         start, _ = collectives.block_exclusive_scan(t, sum(totals, t.const(0)), r.scratch)
-        for d, total in zip(mine, totals, strict=True):
+        for d, total in zip(self.mine, totals, strict=True):
             with t.if_(d < num_bins):
                 t.store(r.start, d, start + t.load(r.start, d) + sums.before_me(d))
             start = start + total
 
-        for tile in t.for_range(0, tiles):
-            # Before a barrier, so that all loads start together: behind it ptxas would spread them.
-            read_pairs = once or read_tile(tile)
-            clear_histogram()
-            t.block_sync()
-            bin_bits = common.bin_bits(num_bins)
-            ranks = [
-                collectives.tally(t, r.histogram, row_of_warp, digit, lane, *bin_bits)
-                for _, _, digit in read_pairs
-            ]
-            t.block_sync()
-            counts = [
-                collectives.value_if(
-                    t,
-                    d < num_bins,
-                    lambda d=d: collectives.column_scan(t, r.histogram, d, num_warps, stride),
-                    0,
-                )
-                for d in mine
-            ]
-            t.block_sync()
-            for (key, pair, digit), rank in zip(read_pairs, ranks, strict=True):
-                with t.if_(digit >= 0):
-                    row = t.load(r.start, digit) + t.load(r.histogram, row_of_warp + digit) + rank
-                    t.store(getattr(r, f"keys{index + 1}"), row, key)
-                    t.store(getattr(r, f"pairs{index + 1}"), row, pair)
-            t.block_sync()
-            for d, count in zip(mine, counts, strict=True):
-                with t.if_(d < num_bins):
-                    t.store(r.start, d, t.load(r.start, d) + count)
-
-    count = counting.count_kernel(
-        f"moe_align_radix_count{index}", problem, partition, read_digit, inputs, histograms
-    )
-    placed = Kernel(
-        name=f"moe_align_radix_place{index}",
-        body=place,
-        inputs={**inputs, **count.outputs},
-        outputs=outputs,
-        shared={
-            "histogram": num_warps * stride,
-            "start": stride,
-            "totals": stride,
-            "scratch": WARP,
-        },
-        num_warpgroups=partition.num_warpgroups,
-        num_ctas=partition.num_ctas,
-    )
-    return [count, placed]
+    def _place_tile(self, read_pairs: list[tuple[Int, Int, Int]]) -> None:
+        """Writes the pairs of a tile, and moves `start` behind them."""
+        t, r, partition, row_of_warp = self.t, self.r, self.partition, self.row_of_warp
+        num_bins, num_warps, stride = partition.num_bins, partition.num_warps, partition.stride
+        words = num_warps * stride
+        collectives.fill(t, r.histogram, 0, words, self.tid, partition.threads, vector=True)
+        t.block_sync()
+        bin_bits = common.bin_bits(num_bins)
+        ranks = [
+            collectives.tally(t, r.histogram, row_of_warp, digit, self.lane, *bin_bits)
+            for _, _, digit in read_pairs
+        ]
+        t.block_sync()
+        counts = [
+            collectives.value_if(
+                t,
+                d < num_bins,
+                lambda d=d: collectives.column_scan(t, r.histogram, d, num_warps, stride),
+                0,
+            )
+            for d in self.mine
+        ]
+        t.block_sync()
+        for (key, pair, digit), rank in zip(read_pairs, ranks, strict=True):
+            with t.if_(digit >= 0):
+                row = t.load(r.start, digit) + t.load(r.histogram, row_of_warp + digit) + rank
+                t.store(getattr(r, self.this.next_keys), row, key)
+                t.store(getattr(r, self.this.next_pairs), row, pair)
+        t.block_sync()
+        for d, count in zip(self.mine, counts, strict=True):
+            with t.if_(d < num_bins):
+                t.store(r.start, d, t.load(r.start, d) + count)
 
 
 def _first_kernel(problem: AlignProblem, keys: str, num_chunks: int) -> Kernel:
@@ -345,7 +378,7 @@ def build(problem: AlignProblem, config: BlockAlignMosaicConfig, *, vector: bool
             rounds=config.rounds,
             cluster=config.cluster,
         )
-        kernels += _pass_kernels(problem, partition, index, shift, bits)
+        kernels += _Pass(problem, partition, index, shift, bits).kernels()
     last = len(passes)
     chunk_threads = _FINISH_WARPGROUPS * WARPGROUP
     num_chunks = min(_MAX_CHUNKS, -(-problem.num_experts // chunk_threads))

@@ -3,7 +3,7 @@
 A trace folder holds `plugins/profile/<time>/<host>.xplane.pb`: planes (a GPU, the host), lines in
 them (a CUDA stream, a thread) and events in those. A GPU plane has one line per stream; the derived
 lines that some versions add ("XLA Ops", "XLA Modules", ...) repeat the same time and are left out.
-Imports neither typer nor rich: benchmarks/ uses it, too.
+The commands `moe-align profile` and benchmarks/ use it.
 """
 
 import re
