@@ -445,6 +445,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.expert_load": {
         "moe_align_jax._core.checks",
         "moe_align_jax._core.fork",
+        "moe_align_jax._core.int32",
         "moe_align_jax._expert_load.arguments",
         "moe_align_jax._expert_load.ring",
         "moe_align_jax._lowering.export",
