@@ -236,6 +236,10 @@ def _check_sizes(history: np.ndarray, options: Options) -> None:
         got = f"{options.num_redundant} for {num_logical} experts: {slots} slots"
         remedy = f"The next number that does is {options.num_redundant + -slots % gpus}."
         fail(_FUNCTION, "--num-redundant", rule, got, remedy)
+    most = num_logical * (gpus - 1)
+    if options.num_redundant > most:
+        rule, remedy = f"be at most {most}", "With that many every GPU holds every expert once."
+        fail(_FUNCTION, "--num-redundant", rule, options.num_redundant, remedy)
     if hierarchical:
         if num_logical % groups:
             rule = f"divide the {num_logical} experts"

@@ -584,6 +584,8 @@ def test_no_file_is_written_over_unasked(eplb, tmp_path, name):
         (("--out", "loads.json", "--overwrite"), "--out must be another file than FILE"),
         (("--report", "placement.json"), "--report must be another file than --out"),
         (("--num-redundant", "3"), "--num-redundant must fill 8 GPUs (--num-gpus) evenly"),
+        # Such a placement would be computed for minutes, of slots that serve nobody.
+        (("--num-redundant", "100000004"), "--num-redundant must be at most 84"),
         (("--num-groups", "5", "--num-nodes", "1"), "--num-groups must divide the 12 experts"),
         (("--num-nodes", "4", "--num-gpus", "2"), "--num-gpus must be a multiple of --num-nodes"),
         (
