@@ -508,9 +508,6 @@ def test_the_decode_step_told_the_rows_of_a_mean_expert_is_that_of_its_rows():
           for way in (waiting, donated) for case in (deepseek, qwen) for name in (ours, few))
     ) in gaps  # fmt: skip
     pair = [[found[c, n, "default", *donated] for n in (ours, untold)] for c in (deepseek, e4m3)]
-    changes = " ".join((ROOT / "CHANGELOG.md").read_text().split())
-    said = "takes {:.0f} µs a layer with it and {:.0f} without in bfloat16, {:.0f} and {:.0f} in"
-    assert said.format(*pair[0], *pair[1]) in changes
     assert f"without it ours takes {pair[0][1]:.0f}." in gaps
     said = "takes {:.0f} µs a layer with it and {:.0f} without (2026-11-29, jax"
     assert said.format(*pair[1]) in " ".join((ROOT / "docs/fp8.md").read_text().split())
