@@ -18,16 +18,16 @@ _LEAST_K_OF_WIDE = 1024
 _LEAST_K_OF_PAIRED = 2048  # the compiler unrolls 4 turns of two steps, and spills registers
 # Of a masked layout up to which CTAs find their tiles. With a launch for the list 6 experts of 20 rows took 8
 # to 11 us more under jit, and 1 to 3 more in a CUDA graph; 32 experts 4 to 9 (H200, 2026-11-29). 32 experts
-# of 192 rows took as long either way (22:57). Where every warpgroup of a large tile looks, fewer.
+# of 192 rows took as long either way. Where every warpgroup of a large tile looks, fewer.
 _FINDS_EXPERTS, _ALL_FIND_EXPERTS = 32, 8
 _MOST_IDLE = 1.25  # turns of the SMs over those that tiles would fill
-# Masked, 6 x 20 rows, us (H200, 2026-11-30, 02:00): 7168 -> 6144, 96 CTAs of three tiles each 68.5, two CTAs
+# Masked, 6 x 20 rows, us (H200, 2026-11-30): 7168 -> 6144, 96 CTAs of three tiles each 68.5, two CTAs
 # an SM of narrow tiles 72.8, of as many each 72.4; 4096 -> 4096, 96 of two 29.2, narrow 31.0, 30.9;
 # 3072 -> 7168, 112 of three 36.7, 132 CTAs 37.5; 2048 -> 4096 16.5 to 17.5 in all of them.
 _MOST_EVEN_TURNS, _LEAST_EVEN_CTAS = 3, 96
 _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 # Means of masked rows, told by the caller, of which a swapped tile holds a third more. In us (H200,
-# 2026-11-30, 04:57, 7168 -> 4096), before, swapped, DeepGEMM: 8 groups, 40 rows 62.3, 56 rows 61.1, 64 rows
+# 2026-11-30, 7168 -> 4096), before, swapped, DeepGEMM: 8 groups, 40 rows 62.3, 56 rows 61.1, 64 rows
 # 62.3, 72.3; 60 rows 79.8, 80 rows 63.5, 96 rows 65.2, 78.2; 80 rows 83.8, 112 rows 66.8, 128 rows 74.7, 79;
 # 100 rows 84.8, 128 rows 74.6, 77.1; 32 groups, 32 rows 246.5, 40 rows 237.1, 48 rows 228.7, 243.2; 60 rows
 # 266, 80 rows 236.7, 96 rows 241.6, 261.7; 2048 -> 7168, 8 groups, 60 rows 43.0, 80 rows 36.3, 96 rows 37.6,
@@ -67,9 +67,9 @@ def _usual(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     if not (ahead and whole and wide):
         return Config("m", 128, 128, 128, 5, group=group, late=may_be_late(problem))
     masked = problem.rows == "masked"
-    # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29, 15:49), and of masked tiles of 128 rows 0.7
-    # to 2.2% (22:57). Masked tiles of 192 rows lost 1 to 2%; a first turn ahead of their loop took up to 1.2%
-    # less (22:57).
+    # Two steps in a turn took 1.6 to 1.8% less (H200, 2026-11-29), and of masked tiles of 128 rows 0.7
+    # to 2.2%. Masked tiles of 192 rows lost 1 to 2%; a first turn ahead of their loop took up to 1.2%
+    # less.
     paired = problem.k >= _LEAST_K_OF_PAIRED and problem.k // GROUP % 2 == 0
     if masked and mean_rows(problem) > _TALL_MEAN:
         tall = Config("m", 192, 128, 128, 4, group=8, computing=3, skips=True)
@@ -80,11 +80,11 @@ def _usual(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     if mean_rows(problem) > (bm if masked else 2 * bm):
         return tiles._replace(group=0, sharing=2, shared="w", early=not masked, paired=paired)
     # 8 groups of 60 rows, 7168 -> 4096: 3.1% less; in clusters, of 32 groups of 192 rows, as much (H200,
-    # 2026-11-30, 02:14).
+    # 2026-11-30).
     if masked:
         return tiles._replace(trims=True)
-    # Of an expert's last tile, every other one's second half holds no pair: 5.5% less time (H200, 2026-11-29,
-    # 20:27; 2.3% in groups of 8). Where one row of tiles fills all SMs, the next one would read the expert's
+    # Of an expert's last tile, every other one's second half holds no pair: 5.5% less time (H200, 2026-11-29;
+    # 2.3% in groups of 8). Where one row of tiles fills all SMs, the next one would read the expert's
     # weights from memory again: groups remain (not timed).
     fills = -(-problem.n // tiles.bn) >= NUM_SMS
     skipping = tiles._replace(group=tiles.group if fills else 0, skips=True)

@@ -30,7 +30,7 @@ _MOST_NARROW = 3 * NUM_SMS  # tiles of 64 columns of gate and up, where each blo
 _LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 
 # Tiles of several heights ("exact": two of an expert; "even": one), of 128 experts and more found by the CTAs
-# themselves in blocks of 144 rows, late, 2026-11-29, 19:53, 20:10 and 20:12, medians or means of four turns:
+# themselves in blocks of 144 rows, late, 2026-11-29, medians or means of four turns:
 #   32768 rows, 2048 -> 1536, 128 experts: one height 330; found, group 0 313.1, 4 315.1, 8 316.4; not trimmed
 #   316.1; not late 321, trimmed 318.5; even 317; listed 341; a sixth height 315.1; of 176 to 192 359 to 369
 #   65536 rows, 768 -> 2048, 128 experts: blocks of 128 311.2; of 144 313.8, found 294.1; of 184 found 305
@@ -47,39 +47,39 @@ _LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 #   8192 rows, 4096 -> 14336: listed 1255, found 1229, even 1214; of 192 1285, 1270; of 184 found 1231
 #   Gate and up of gathered rows (Mixtral's layer, 4096 tokens, both found): 4424 for 4162.
 # By rule, not measured: products of gathered rows without an activation, 17 to 127 experts.
-# Lists, 17:05, means of four turns with the launch:
+# Lists, means of four turns with the launch:
 #   32768 rows, 4096 -> 14336, 8 experts: blocks of 192 4966, exact 4942, even 4995; of 176 4985, exact 4949,
 #   in groups of 6 4925; of 184 exact 4963
 #   131072 rows, 1024 -> 7168, 256 experts: blocks of 128 3068; of 184 exact 2917; of 192 even 2927
 # In an earlier run they lost where K is long and experts are many: CTAs that read the same weights drift
 # apart where they had tiles of other heights before, and read them from memory again.
 #   131072 rows, 7168 -> 1024, 256 experts, blocks of 184: 2688, even 2847, exact 2835
-# Listed from the tallest to the lowest they do not ("falling"; all n tiles of each). 19:44, medians of four
+# Listed from the tallest to the lowest they do not ("falling"; all n tiles of each). Medians of four
 # turns, the same clock and launch:
 #   131072 rows, 7168 -> 1024, 256 experts: blocks of 184 2670, falling 2563; of 192 even in groups of 3 2605,
 #   falling 2598. Two CTAs that load x together lost: of 184 2757, falling 2679; of 192 falling 2645
 #   the input gradient of the same: blocks of 184 2685, falling 2584; of 192 falling 2622
-# Trimmed, 22:40, medians of four turns: 2583 to 2571, the input gradient 2616 to 2601. In blocks of 192,
+# Trimmed, medians of four turns: 2583 to 2571, the input gradient 2616 to 2601. In blocks of 192,
 # found, in groups of 3, as many as an expert has: 2586 and 2599 even, 2584 and 2600 with an expert's higher
 # tiles beginning with another one in each. Of 184 found: 2622 to 2747.
 # To find the next tile while the ring is full, not behind a tile's loads, lost: the input gradient 2598 to
 # 2613, 131072 rows, 1024 -> 7168 that leave padding 2605 to 2739, gate and up 687 to 691.
 # Groups of "ragged" rows, by a list of tiles or found in the product, late; one call under jit, device span,
-# means of three and four turns, forth and back, 2026-11-29, 22:58 and 23:04:
+# means of three and four turns, forth and back, 2026-11-29:
 #   32768 rows, 2048 -> 1536, 128 experts: listed 144 362 (Zipf 429), found 316 (375; of shuffled experts 352)
 #   the same of 12288 and 8192 rows: listed 128 236, 234; found, group 0 208, 202, group 4 207 of the latter
 #   65536 rows, 768 -> 2048, 128 experts: listed 128 334, found, group 4 295
 #   131072 rows, 4096 -> 1536, 128 experts: listed 128 2255, found, group 0 2133
 #   131072 rows, 7168 -> 1024, 256 experts: listed 128 2861, found, group 0 2714, 4 3108
-# In another order of groups, 23:24, a later run: uniform 305 (blocks 308), Zipf 343 (380), rising 352 (378),
+# In another order of groups, a later run: uniform 305 (blocks 308), Zipf 343 (380), rising 352 (378),
 # shuffled 339 (353).
 # Lost there: three or five stretches of tiles of rows that take turns (uniform 338, Zipf 371; of blocks 346
 # and 374 for 318 and 388, five 372 and 387): an expert's tiles run apart, and read its weights again.
-# Of 144, dealt by rounds, with a sixth height of 80 rows, 2026-11-30, 08:45, for in turns without it, means,
+# Of 144, dealt by rounds, with a sixth height of 80 rows, 2026-11-30, for in turns without it, means,
 # uniform, Zipf, Zipf of shuffled experts:
 #   32768 rows, 2048 -> 1536, 128 experts: 314, 357, 352 for 314, 361, 355
 #   32768 gathered rows, gate and up, 2048 -> 768: 368, 393, 398 for 369, 405, 404
-#   65536 gathered rows, gate and up, 7168 -> 256, 256 experts (not late), 08:11: 796, 849, 910; without a
+#   65536 gathered rows, gate and up, 7168 -> 256, 256 experts (not late): 796, 849, 910; without a
 #   sixth height 798, 854, 887; in turns 793, 860, 879
 # Tiles of several heights, by these figures. Rows less than a block's. Of blocks of 144 rows, columns up to
 # which all n tiles of a block follow each other, and K from which on they do without an activation. Rows of

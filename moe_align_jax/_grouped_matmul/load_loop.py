@@ -54,7 +54,7 @@ class LoadLoop:
         self.problem, self.config, self.shape, self.refs = problem, config, shape, refs
         self.interpret, self.tiles, self.loader, self.scaled = interpret, tiles, loader, scaled
         # A mask is one instruction in place of five, of about 50 for a step: masked products of 6 x 1024 rows
-        # took 0.8% less, and of 32 x 192 rows 0.1 to 0.7% (H200, 2026-11-30, 04:57 and 05:09).
+        # took 0.8% less, and of 32 x 192 rows 0.1 to 0.7% (H200, 2026-11-30).
         power_of_two = not config.stages & (config.stages - 1)
         self.masks = problem.rows == "masked" and config.ahead and power_of_two
         self.clears = bool(config.heights) and not problem.leaves_padding

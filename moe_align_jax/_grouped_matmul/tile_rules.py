@@ -46,7 +46,7 @@ DEFAULT_RULES = Rules()
 #   32768 rows, 4096 -> 14336, 8 experts: group 8 5026, 16 5042; 256x128 tiles 5248, late 5271
 #   8192 rows, 7168 -> 512, 256 experts: 64x256 n 475, 40 rows swapped 482, 64 rows swapped 486
 #   64 rows, 7168 -> 4096, 32 experts: 8 rows swapped 334, 16 rows 337
-#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369; 2026-11-29, 13:52, four
+#   masked, 15876 rows of 32 x 1024, 7168 -> 4096: group 8 1349, 16 1357, 4 1369; 2026-11-29, four
 #   turns: group 8 1381, 4 1387, 11 1370; groups of one expert: 8 1307, 4 1310, 8 and not late 1333
 #   masked, 276 rows of 32 x 128, 7168 -> 4096: 16 rows swapped 434, 32 rows 443, 64x256 n 446, 8 rows 583
 # A mean expert of 256 in two blocks, 2026-11-29, 32768 rows, 2048 -> 1536, 128 experts:
@@ -54,39 +54,40 @@ DEFAULT_RULES = Rules()
 #   96 rows swapped: group 4 352, late 354; 128x256 m, late, group 4 346; of "ragged" rows 360
 # Six tiles of 176 rows hold 1024 rows: where experts have 1024, 2048 or 4096, groups of six mostly begin with
 # an expert's first tile. In us, means of four turns (three at 4096 tokens), 2026-11-29:
-#   Mixtral's layer, 8192 tokens, 17:04: 192 rows, group 8 8272; 176 rows, group 6 8079, 12 8090
-#   Mixtral's layer, 4096 tokens, 17:04: 176 rows, group 8 3973, 6 3880 (less in two turns)
-#   32768 rows, 4096 -> 14336, 8 experts, 16:31: 192 rows, group 8 4963; 176 rows, group 8 5031, 6 4973
+#   Mixtral's layer, 8192 tokens: 192 rows, group 8 8272; 176 rows, group 6 8079, 12 8090
+#   Mixtral's layer, 4096 tokens: 176 rows, group 8 3973, 6 3880 (less in two turns)
+#   32768 rows, 4096 -> 14336, 8 experts: 192 rows, group 8 4963; 176 rows, group 8 5031, 6 4973
 # By rule, not measured: other means, nine to 16 experts in blocks of 176 that a caller asks for.
 # The layer at one token, 2026-11-29, by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, gate and up, 16 tiles: 1 42.7, 2 34.6, 4 30.3, 8 35.6
 #   Qwen3-30B-A3B, gate and up, 48 tiles: 1 33.3, 2 27.2, 4 28.6, 8 41.4
 #   Mixtral 8x7B, down, 64 tiles: 1 172.9, 2 165.9, 4 181.6; gate and up, 224 tiles: 2 171.4, 4 205.7
-# Gate and up in narrow tiles, 128x128 of one warpgroup, six stages, beside those of 256 columns, 23:00, in us
+# Gate and up in narrow tiles, 128x128 of one warpgroup, six stages, beside those of 256 columns, in us
 # under jit, x read by TMA in all of them; by how many CTAs share the k of a tile:
 #   DeepSeek-V3 TP8, 1 token, 32 tiles: 2 17.2, three stages 21.3, 4 of three stages 17.7; wide 17.7
 #   2 tokens, 64 tiles: 2 29.7, 1 of three stages 38.6; wide 32.7; 4 tokens, 128: 1 52.4; wide 53.7
-#   8 tokens, 256 tiles: 1 of three stages, two CTAs an SM 95.8; wide 96.6; 23:20 on another card 97.0, of six
+#   8 tokens, 256 tiles: 1 of three stages, two CTAs an SM 95.8; wide 96.6; on another card 97.0, of six
 #   stages 101.8; wide, x by cp.async 100.0
 #   Qwen3-30B-A3B, 1 token, 96 tiles: 1 13.8, 2 of three stages 15.4; wide 15.5
-#   2 tokens, 192 tiles: 1 27.2, of three stages 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8; 23:20,
-#   wide with x by cp.async: 1 token 1 16.9; wide 15.9; 2 tokens 1 25.1; wide 26.0; 4 tokens 1 45.7; wide 47.6
-#   Mixtral 8x7B, 1 token, 448 tiles: 1 109.6; wide 106.5 (22:39), 1 109.3; wide 114.4 (23:20)
-#   GPT-OSS 120B, 1 token, 180 tiles of 64 of k: 12 stages 35.1, 6 and two CTAs an SM 35.1; wide 42.5 (23:20;
-#   at 23:00 wide 32.6)
+#   2 tokens, 192 tiles: 1 27.2, of three stages 27.2; wide 28.7; 4 tokens, 384: 1 44.9; wide 47.8
+#   on another card, wide with x by cp.async: 1 token 1 16.9; wide 15.9; 2 tokens 1 25.1; wide 26.0;
+#   4 tokens 1 45.7; wide 47.6
+#   Mixtral 8x7B, 1 token, 448 tiles: 1 109.6; wide 106.5; in later runs 1 109.3; wide 114.4
+#   GPT-OSS 120B, 1 token, 180 tiles of 64 of k: 12 stages 35.1, 6 and two CTAs an SM 35.1; wide 42.5
+#   (wide 32.6 in a run before)
 # Wide tiles of blocks of 8 rows, by CTAs of a tile, layers of DeepSeek-V3 TP8, in three processes (at 16
-# tokens weights at two places in each), 2026-11-30, 01:39:
+# tokens weights at two places in each), 2026-11-30:
 #   12 tokens: 1 234, 234, 240, 2 216, 216, 217; 16 tokens: 1 278, 263, 263, 263, 278, 279, 2 260, 261, 261,
-#   261, 261, 262; 24 tokens: 1 382, 2 370, 370, 371; 32 tokens: 1 438, 438, 423, 2 414, 413, 414; in another,
-#   02:13: 48 tokens: 1 507, 2 510; 64: 1 583, 2 575; 384 experts, 16, 32 tokens: 1 298, 496, 2 303, 494
-#   Qwen3-30B-A3B, 16 tokens, 2026-11-29, 22:34: 1 182.5, 2 190.3
-# Clusters of 4 that fill an SM each lost (22.1 for 18.0, 22:39): not all of 32 run at once.
+#   261, 261, 262; 24 tokens: 1 382, 2 370, 370, 371; 32 tokens: 1 438, 438, 423, 2 414, 413, 414; in another
+#   run: 48 tokens: 1 507, 2 510; 64: 1 583, 2 575; 384 experts, 16, 32 tokens: 1 298, 496, 2 303, 494
+#   Qwen3-30B-A3B, 16 tokens, 2026-11-29: 1 182.5, 2 190.3
+# Clusters of 4 that fill an SM each lost (22.1 for 18.0): not all of 32 run at once.
 # Lost earlier: clusters that also add up a token's pairs in the second product, without a launch
 # for the sum (DeepSeek-V3 63.4 for 42.7, Mixtral 167.5 for 165.7, Qwen3 28.4 to 32.3 for 27.2).
 # Gate and up of the layer, 64 or 128 of k in a stage, in turns, 2026-11-29:
 #   8 rows: Mixtral, 1 token 173.1, 169.2, 16 tokens 647, 637; DeepSeek-V3 TP8, 128 tokens 680, 659, 1 token
 #   (four CTAs share a tile) 32.7, 34.0; Qwen3, 1 token 29.8, 28.7; 16 rows: Qwen3, 128 tokens 294, 290
-# Layers at the card's power limit, steps after each other, in turns, span and sustained, 22:54 and 23:23:
+# Layers at the card's power limit, steps after each other, in turns, span and sustained, two runs:
 #   Qwen3, 8192 tokens: blocks of 144 1079, 1288 and 1066, 1277; of 184 in groups of 6 1042, 1212 and 1034,
 #   1190, of 4 1044, 1217 and 1034, 1205, of 8 1046, 1241; of 192 1067, 1247; of 128 1028, 1216 and 1016, 1208
 #   DeepSeek-V3 TP8, 8192, 144: late 1647, 1875 and 1624, 1829; gate and up not late 1625, 1866 and 1592,
@@ -94,7 +95,7 @@ DEFAULT_RULES = Rules()
 #   Rows gathered before the product, of the time within it, span, sustained: Mixtral (28672 columns), 1024
 #   tokens 0.909, 0.926; 2048 0.909, 0.903; 512 1.022, 1.006; 256 1.026, 1.014; 32 experts, 5760 columns, mean
 #   of 256 0.994, 0.967, of 1024 0.966, 0.939; Qwen3 (1536 columns), 8192 1.06 sustained
-# Rows copied by the kernel of spread.py, by the same clocks, 2026-11-30, 01:40, 02:00 and 02:14:
+# Rows copied by the kernel of spread.py, by the same clocks, 2026-11-30:
 #   Qwen3, 8192 tokens (1536 columns): gate and up in groups of 4 1061, 1221 and 1046, 1204, of 6 1064, 1229
 #   and 1062, 1230; gathered within it, of 6 1051, 1261, 1048, 1255 and 1034, 1241; tiles of 144, late, 1070,
 #   1240, of 192 1084, 1241, of 128 1097, 1272

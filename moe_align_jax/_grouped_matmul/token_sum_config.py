@@ -12,7 +12,7 @@ X_ROWS = 8  # wgmma's least
 _ENOUGH, _ENOUGH_OF_STAGES = 100, 190
 _DEEP = 256  # of k in a stage
 _SPARE_BYTES = 4096  # of shared memory, for what is not the ring
-# One H200, 2026-11-29, 23:00, device span under jit in us, of the second product and the sum of a layer;
+# One H200, 2026-11-29, device span under jit in us, of the second product and the sum of a layer;
 # "two": a product and XLA's sum. By pairs x columns x bk, stages, and CTAs, where these are not 264.
 #   DeepSeek-V3 TP8, 1 token: two 11.0; 1x64x256 s3 8.8, s2 8.9, s6 (132) 9.2; 2x32x256 s3 9.1
 #   2 tokens: two 17.6; 1x64x256 s3 15.4, 1x64x128 s6 15.7; 4 tokens: two 31.8; 28.8, 28.8; 8: two 57.6; 52.7
@@ -21,7 +21,7 @@ _SPARE_BYTES = 4096  # of shared memory, for what is not the ring
 #   4 tokens: two 24.8; 2x32x256 s3 22.7, 1x64x256 s3 23.4
 #   Mixtral 8x7B, 1 token: two 57.3; 2x32x256 s3 55.3, s6 (132) 54.3; 2x32x128 s12 (132) 54.6
 #   GPT-OSS 120B, 1 token: two 19.4; 4x16x256 s3 18.0, 2x32x256 s6 (132) 17.8, s3 19.9, 1x64x256 s3 27.9
-# Clusters of two or four CTAs that share a tile's pairs lost (22:39): Qwen3, 1 token 10.1, two 9.9.
+# Clusters of two or four CTAs that share a tile's pairs lost: Qwen3, 1 token 10.1, two 9.9.
 
 
 class Tiles(NamedTuple):

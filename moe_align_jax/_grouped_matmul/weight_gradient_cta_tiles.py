@@ -15,7 +15,7 @@ from moe_align_jax._grouped_matmul.weight_gradient_plan import LISTED, Plan, Ref
 
 _I32 = jnp.int32
 # The time that a tile takes beside that of its rows, in rows: 1.03 us, and 0.693 us for 64 rows, fitted to
-# uniform times of three sizes (H200, 2026-11-30, 04:43). With 160 here products took as long.
+# uniform times of three sizes (H200, 2026-11-30). With 160 here products took as long.
 ROWS_OF_TILE = 96
 
 

@@ -65,7 +65,7 @@ class Tiles(NamedTuple):
 
 def tiles_for(problem: WeightGradient) -> Tiles:
     """The tiles for a problem, as measured on an H200."""
-    # Last rows to 16, beside whole steps, us, 2026-11-29, 19:44 and 20:10: 131072 rows, 7168 x 1024, 256
+    # Last rows to 16, beside whole steps, us, 2026-11-29: 131072 rows, 7168 x 1024, 256
     # experts 2781, 2864 (Zipf 3217, 3249); 262144 rows, 4096 x 1536, 128 experts 4316, 4344; 65536 rows,
     # 768 x 2048, 128 experts 317, 330; 16384 rows, 4096 x 28672, 8 experts 4853, 4913.
     # Of 131072 gathered rows, 7168 x 1024, 256 experts, on an H200: lag 1 3545 us, lag 2 3709.

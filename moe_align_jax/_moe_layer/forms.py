@@ -28,7 +28,7 @@ def planned(problem: LayerProblem) -> LayerProblem:
     """The same layer, with the least `few_forms` by which its model needs no more than `MOST_KERNELS`.
 
     Few tokens have most of the forms: without an alignment, several CTAs share what few tiles there are. One
-    H200, 2026-11-30, 08:45, the products' kernels, of their time with 0: 1: GPT-OSS 120B 0.93 to 1, SonicMoE
+    H200, 2026-11-30, the products' kernels, of their time with 0: 1: GPT-OSS 120B 0.93 to 1, SonicMoE
     30B 0.99 to 1, Qwen3-235B-A22B 0.93 to 1.01; 2: 32 experts of top_k 1 1 to 1.09, [E, H, 2 N] 1 to 1.15.
     """
     if not problem.pairs or problem.scales or not is_static(problem.num_tokens):

@@ -15,11 +15,11 @@ PAIRS_PER_EXPERT = 4
 # 48 303, 80 307; 256: 16 323, 48 306, 80 311; 512: 48 315, 80 319; DeepSeek-V3 TP8, 512: 16 753, 48 718,
 # 80 724; 1024: 48 761, 80 768. Blocks of 48 between those of 16 and 80 would be a fifth size.
 # Above a mean of 66, blocks of 144 where their tiles have several heights (`HEIGHTS`), else of 128. Span,
-# wall clock, 2026-11-29, 20:10 and 20:27: DeepSeek-V3 TP8, 8192 tokens: 128 1791, 1880; 144 of one height
+# wall clock, 2026-11-29: DeepSeek-V3 TP8, 8192 tokens: 128 1791, 1880; 144 of one height
 # 1803, 1907, of several 1699, 1823; Qwen3-30B-A3B, 4096: 613, 685; 596, 697; 592 to 594, 652 to 680. By
 # rule, not measured: other means.
 _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
-# Of 128 experts with 512 pairs each: Qwen3-30B-A3B, 8192 tokens, 22:54, span, then steps after each other at
+# Of 128 experts with 512 pairs each: Qwen3-30B-A3B, 8192 tokens, span, then steps after each other at
 # the card's power limit (means of turns): 144 1079, 1288; 184 1042, 1212; 192 1067, 1247; 128 1028, 1216. At
 # 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. No blocks of 8, so that a model
 # needs no more than 12 kernels (see forms.py): DeepSeek-V3 TP8 with 16 tokens took 258.4 in blocks of 8, and
@@ -28,9 +28,9 @@ _OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (math.inf, 184))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (in groups: see `choose_tiles._whole`).
 # Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
-#   4096 tokens, 13:52, all in groups of 8: 128 rows 4043, 12822; 176 3803, 12337; 192 4050, 13275
-#   8192 tokens: groups of 8, 13:52: 176 8385, 192 8293; then 192 in groups of 8, 176 in groups of 6:
-#   16:31 8444, 8274; 17:04 8272, 8079, with backward 26491, 25686 (means of 12)
+#   4096 tokens, all in groups of 8: 128 rows 4043, 12822; 176 3803, 12337; 192 4050, 13275
+#   8192 tokens: groups of 8: 176 8385, 192 8293; then 192 in groups of 8, 176 in groups of 6:
+#   8444, 8274; in a second run 8272, 8079, with backward 26491, 25686 (means of 12)
 # By rule, not measured: every other mean above 270 (16384 tokens are 24 blocks an expert), other H and N,
 # fewer experts. 192 may be faster where it needs a block less, as of 353 to 384 rows. Nine to 16 experts
 # keep 192, since none were measured with 176. It is one or the other: with both, 16 experts would need 14

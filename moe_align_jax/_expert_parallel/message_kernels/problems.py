@@ -23,7 +23,7 @@ MAX_TOP_K = WARP  # a lane holds a pair
 MAX_PAIRS = 64 * THREADS
 _MAX_CTAS = 8 * NUM_SMS
 # CTAs up to which rows are cut into parts where boxes are filled, while a CTA makes few comparisons: each
-# part compares its row's ids with all others. `pack` does nothing twice for that. H200, 2026-11-30, 04:57,
+# part compares its row's ids with all others. `pack` does nothing twice for that. H200, 2026-11-30,
 # two ranks of 36, 64 and 128 tokens, top 8, H = 7168, us with NUM_SMS, 2 and 4 times as many: of messages
 # 2.88, 2.56, 2.53; 3.20, 2.88, 2.94; 4.54, 4.54, 4.35; gathered 3.94, 3.33, 2.82; 4.32, 3.49, 3.39; 5.63,
 # 5.63, 5.25. 8 times: 128 tokens 4.83 and 5.70. With more comparisons than 128 tokens make none was timed.

@@ -39,11 +39,11 @@ MESSAGE_KERNELS = True
 # Whether those gather tokens as they are, rather than pack and unpack them; None: while a rank receives at
 # most MOST_GATHERED_BYTES of their rows so.
 GATHERS: bool | None = None
-# On two H200, fp8 out and bfloat16 back, 2026-11-29, not waiting, us a pair, gathered and packed. 23:02: 60.9
+# On two H200, fp8 out and bfloat16 back, 2026-11-29, not waiting, us a pair, gathered and packed: 60.9
 # and 66.8 with 8 tokens per rank, 54.8 and 56.3 with 64, 72.7 and 59.7 with 128, of which the GPUs take 70
-# gathered. 20:10, on a slower host: 73.0 and 79.9 with 8 tokens, 73.8 and 83.1 with 32, 73.2 and 80.0 with
-# 128. A layer of DeepSeek-V3's decode step (22:31): 147.7 and 147.8 with 8 tokens; with 64 on 2026-11-30,
-# 05:00, 204.9 and 196.6, though pairs of 64 took 64.6 and 72.8 (04:41): a step's other kernels keep the GPUs
+# gathered. On a slower host: 73.0 and 79.9 with 8 tokens, 73.8 and 83.1 with 32, 73.2 and 80.0 with
+# 128. A layer of DeepSeek-V3's decode step: 147.7 and 147.8 with 8 tokens; with 64 on 2026-11-30
+# 204.9 and 196.6, though pairs of 64 took 64.6 and 72.8: a step's other kernels keep the GPUs
 # busy, and a launch more costs it less than bytes.
 MOST_GATHERED_BYTES = 512 << 10
 
