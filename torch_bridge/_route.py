@@ -243,7 +243,7 @@ def _by_jax(
     boundary = dlpack.alignment(device.type, implementation)
     with dlpack.on_device(device):
         inputs = {
-            name: dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x
+            name: dlpack.compact(x, boundary)
             for name, x in operands.items()
             if name != "is_padding"
         }

@@ -115,6 +115,11 @@ def compact_copy(tensor: torch.Tensor) -> torch.Tensor:
     return copy.copy_(bits).view(dtype)
 
 
+def compact(tensor: torch.Tensor, boundary: int) -> torch.Tensor:
+    """The tensor itself where it can be shared as it lies, else a compact copy."""
+    return compact_copy(tensor) if copy_reason(tensor, boundary) else tensor
+
+
 def on_device(device: torch.device) -> Any:
     """Makes a CUDA device current: torch exports no tensor of another one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

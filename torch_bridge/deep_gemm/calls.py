@@ -288,7 +288,7 @@ def _by_jax(call: Call) -> None:
     boundary = dlpack.alignment(device.type, implementation)
     with dlpack.on_device(device):
         inputs = {
-            name: dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x
+            name: dlpack.compact(x, boundary)
             for name, x in zip(problem.inputs, _tensors(call), strict=True)
         }
         compiled = _compiled(problem, implementation)

@@ -155,8 +155,7 @@ def _by_jax(problem: MaskedQuantProblem, x, masked_m, output, output_scale) -> N
     with dlpack.on_device(x.device):
         boundary = dlpack.alignment(x.device.type, "mosaic_gpu")
         valid = masked_m.clamp(0, problem.max_rows).to(torch.int32, copy=True)
-        given = dlpack.compact_copy(x) if dlpack.copy_reason(x, boundary) else x
-        compiled, inputs = _compiled(problem), {"x": given, "valid": valid}
+        compiled, inputs = _compiled(problem), {"x": dlpack.compact(x, boundary), "valid": valid}
         q, scales = views = dlpack.call_jax(lambda arrays: compiled(*arrays.values()), inputs)
         rows = torch.arange(problem.max_rows, device=x.device)[None] < valid[:, None]
         _copy_rows(output.view(torch.uint8), q.view(torch.uint8), rows[..., None])
