@@ -1,4 +1,4 @@
-"""The kernel of a layer's backward step across its activation, row by row, in one launch.
+"""The kernel of a layer's backward step across its activation, four rows at a time, in one launch.
 
 With g `[P, N]` the cotangent of s a, s the weight of a row's pair, and (gate, up) the row's first products:
 
@@ -10,15 +10,15 @@ It is `reference.across_activation`, of which XLA makes two fusions that read g,
 value is read once and written once: 6 N bytes in and 6 N out for each row in use. Rows behind the blocks in
 use are neither read nor written.
 
-A CTA of one warpgroup takes a part of a row, tile after tile, and asks for the next tile's values before it
-uses those of this one. Each part of a row gives partial sums over N, which are added up in their order by
-XLA: nothing is atomic. It shares no memory between threads.
+A CTA of one warpgroup takes a part of four rows, tile after tile: a warp has one of them, a thread 16 bytes
+of it, or 8. It asks for the next tile's values before it uses those of this one. Each part of a row gives a
+partial sum over N; XLA adds them up in their order: nothing is atomic. It shares no memory between threads.
 
-It takes silu(gate) * up with all of gate first, in bfloat16 and float16, and N a multiple of 512 (Mixtral
-14336, DeepSeek-V3 2048, not 768). Of other activations, of gate and up interleaved, with a limit or an alpha
-of SwiGLU, ungated, in float32 and with other N, XLA's fusions remain: `cannot` says why.
+It takes silu(gate) * up with all of gate first, in bfloat16 and float16, and N a multiple of 128. Of other
+activations, of gate and up interleaved, with a limit or an alpha of SwiGLU, ungated, in float32 and with
+other N, XLA's fusions remain: `cannot` says why.
 
-P rows, N = 128 G values of a row.
+P rows of N values.
 """
 
 from collections.abc import Callable
@@ -36,18 +36,19 @@ from moe_align_jax._grouped_matmul.activation_gradient_kernel import NO_PAIR
 from moe_align_jax._grouped_matmul.problem import ActivationGradient
 
 _I32, _F32 = jnp.int32, jnp.float32
-GROUP = 128  # values that a warp, or half of one, adds up
+ROWS = 4  # of a tile, a warp each
+_NARROW, _WIDE = 128, 256  # columns of a tile: 4 values of a thread, or 8
 _CTAS_OF_SM = 5
 _MOST_CHUNKS = 7
 
 
 class Sizes(NamedTuple):
-    """How a row is cut, and the grid.
+    """How four rows are cut, and the grid.
 
     Attributes:
-        tile: groups of 128 values that a CTA takes at a time, 8 or 4.
-        chunks: tiles of a part of a row, which one CTA takes one after the other.
-        parts: of a row.
+        tile: columns that a CTA takes at a time.
+        chunks: tiles of a part of the rows, which one CTA takes one after the other.
+        parts: of the rows.
         num_ctas: of the grid; they take the parts of all rows in turn.
     """
 
@@ -69,8 +70,10 @@ def cannot(problem: ActivationGradient) -> str | None:
     dtypes = {product.dtype, product.out_dtype}
     if product.rows != "blocks" or dtypes not in ({"bfloat16"}, {"float16"}):
         return "the kernel takes blocks of bfloat16 or float16"
-    if not product.n or product.n % (4 * GROUP):
-        return f"the kernel needs N a multiple of {4 * GROUP}"
+    if not product.n or product.n % _NARROW:
+        return f"the kernel needs N a multiple of {_NARROW}"
+    if product.num_rows % ROWS or product.block_size % ROWS:
+        return f"the kernel needs rows, and rows of a block, in multiples of {ROWS}"
     if 2 * product.num_rows * product.n > INT32_MAX:
         return "the kernel counts values in int32"
     return None
@@ -78,9 +81,9 @@ def cannot(problem: ActivationGradient) -> str | None:
 
 def sizes_of(problem: ActivationGradient) -> Sizes:
     """The cut of this problem's rows, and the grid."""
-    groups = problem.product.n // GROUP
-    tile = 8 if groups % 8 == 0 else 4
-    tiles = groups // tile
+    n = problem.product.n
+    tile = _NARROW if n % _WIDE else _WIDE
+    tiles = n // tile
     chunks = next(n for n in range(_MOST_CHUNKS, 0, -1) if tiles % n == 0)
     return Sizes(tile, chunks, tiles // chunks, NUM_SMS * _CTAS_OF_SM)
 
@@ -113,22 +116,21 @@ def run(
         toward, scaled, parts = build(problem, sizes, interpret=interpret)(
             num_rows,
             scale,
-            products.reshape(rows, 2, n // GROUP, GROUP),
-            g.reshape(rows, n // GROUP, GROUP),
+            products.reshape(rows, 2, n),
+            g,
         )
-    sums = jnp.sum(parts.reshape(rows, -1), axis=1)
-    return toward.reshape(rows, 2 * n), scaled.reshape(rows, n), sums
+    return toward.reshape(rows, 2 * n), scaled, jnp.sum(parts, axis=0)
 
 
 def build(
     problem: ActivationGradient, sizes: Sizes, *, interpret: bool = False
 ) -> Callable[..., Any]:
-    """`(num_rows [1], scale [P], products [P, 2, G, 128], g [P, G, 128]) -> [dh, s a, partial sums]`.
+    """`(num_rows [1], scale [P], products [P, 2, N], g [P, N]) -> [dh, s a, partial sums]`.
 
-    The results have the shapes of products and of g, and `[P, parts, tile]` in float32.
+    The results have the shapes of products and of g, and `[parts, P]` in float32.
     """
     rows, n = problem.product.out_shape
-    groups, dtype, like = n // GROUP, jnp.dtype(problem.product.dtype), jax.ShapeDtypeStruct
+    dtype, like = jnp.dtype(problem.product.dtype), jax.ShapeDtypeStruct
 
     def body(*refs):
         _Loop(problem, sizes, _Refs(*refs), interpret)()
@@ -137,9 +139,9 @@ def build(
     return plgpu.kernel(
         body,
         out_type=[
-            like((rows, 2, groups, GROUP), dtype),
-            like((rows, groups, GROUP), dtype),
-            like((rows, sizes.parts, sizes.tile), _F32),
+            like((rows, 2, n), dtype),
+            like((rows, n), dtype),
+            like((sizes.parts, rows), _F32),
         ],
         grid=(sizes.num_ctas,),
         grid_names=("cta",),
@@ -165,7 +167,7 @@ class _Refs(NamedTuple):
 
 
 class _Loop:
-    """The loop of a CTA over its parts of rows: a step is a tile of one."""
+    """The loop of a CTA over its parts of four rows: a step is a tile of one."""
 
     def __init__(self, problem: ActivationGradient, sizes: Sizes, refs: _Refs, interpret: bool):
         self.problem, self.sizes, self.refs, self.interpret = problem, sizes, refs, interpret
@@ -174,9 +176,9 @@ class _Loop:
 
     def __call__(self) -> None:
         """All steps."""
-        sizes, steps = self.sizes, self._num_steps()
-        self.zeros = self._in_layout(jnp.zeros((sizes.tile, GROUP), _F32))
-        self.no_sums = self._in_layout(jnp.zeros(sizes.tile, _F32))
+        steps = self._num_steps()
+        self.zeros = self._in_layout(jnp.zeros((ROWS, self.sizes.tile), _F32))
+        self.no_sums = self._in_layout(jnp.zeros(ROWS, _F32))
 
         def one(step, carry):
             """A step, whose values are there; those of the next one are asked for."""
@@ -202,56 +204,59 @@ class _Loop:
         used = jnp.clip(self.refs.num_rows[0], 0, rows)
         # Whole blocks: a product reads all rows of a block in use.
         used = jnp.minimum(lax.div(used + (block - 1), _I32(block)) * block, rows)
-        mine = lax.div(used * parts - self.cta + (num_ctas - 1), _I32(num_ctas))
+        items = lax.div(used, _I32(ROWS)) * parts
+        mine = lax.div(items - self.cta + (num_ctas - 1), _I32(num_ctas))
         return jnp.maximum(mine, 0) * self.sizes.chunks
 
-    def _place(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Row, part, and first group of a step."""
-        parts, chunks = self.sizes.parts, self.sizes.chunks
+    def _place(self, step: jax.Array) -> tuple[Any, jax.Array, Any]:
+        """Rows, part, and columns of a step."""
+        parts, chunks, tile = self.sizes.parts, self.sizes.chunks, self.sizes.tile
         i = lax.div(step, _I32(chunks))
         item = self.cta + i * self.sizes.num_ctas
-        row, part = lax.div(item, _I32(parts)), lax.rem(item, _I32(parts))
-        return row, part, (part * chunks + (step - i * chunks)) * self.sizes.tile
+        row, part = lax.div(item, _I32(parts)) * ROWS, lax.rem(item, _I32(parts))
+        column = (part * chunks + (step - i * chunks)) * tile
+        return pl.ds(row, ROWS), part, pl.ds(column, tile)
 
     def _ask(self, step: jax.Array) -> tuple[jax.Array, ...]:
-        """A step's scale and values (g, gate, up). Those of rows without a pair are not used."""
-        refs, (row, _, first) = self.refs, self._place(step)
-        at = pl.ds(first, self.sizes.tile)
-        gate, up = (self._load(refs.products.at[row, k, at]) for k in range(2))
-        return refs.scale[row], self._load(refs.g.at[row, at]), gate, up
+        """A step's scales and values (g, gate, up). Those of rows without a pair are not used."""
+        refs, (rows, _, columns) = self.refs, self._place(step)
+        gate, up = (self._load(refs.products.at[rows, k, columns]) for k in range(2))
+        scale = self._load(refs.scale.at[rows], of_rows=True)
+        return scale, self._load(refs.g.at[rows, columns]), gate, up
 
     def _finish(
         self, step: jax.Array, total: jax.Array, scale: jax.Array, *values: jax.Array
     ) -> jax.Array:
-        """Stores a step's results; the sums `[tile]` of the part up to here."""
+        """Stores a step's results; the sums `[4]` of the part up to here."""
         refs, tile, chunks = self.refs, self.sizes.tile, self.sizes.chunks
         dtype = jnp.dtype(self.problem.product.dtype)
-        row, part, first = self._place(step)
-        at, chunk = pl.ds(first, tile), lax.rem(step, _I32(chunks))
+        rows, part, columns = self._place(step)
+        chunk = lax.rem(step, _I32(chunks))
+        scale = self._in_layout(lax.broadcast_in_dim(scale, (ROWS, tile), (0,)))
         has_pair = scale != NO_PAIR
-        here = self._in_layout(lax.broadcast(has_pair, (tile, GROUP)))
-        g, gate, up = (lax.select(here, x.astype(_F32), self.zeros) for x in values)
-        scale = jnp.where(has_pair, scale, 0.0)
+        g, gate, up = (lax.select(has_pair, x.astype(_F32), self.zeros) for x in values)
+        scale = lax.select(has_pair, scale, self.zeros)
         sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
         active = gate * sigmoid
         value = active * up
-        begins = self._in_layout(lax.broadcast(chunk == 0, (tile,)))
+        begins = self._in_layout(lax.broadcast(chunk == 0, (ROWS,)))
         total = lax.select(begins, self.no_sums, total) + jnp.sum(g * value, axis=1)
         toward = g * scale
         slope = sigmoid + active * (1.0 - sigmoid)
-        self._store(refs.scaled.at[row, at], (value * scale).astype(dtype))
-        self._store(refs.toward.at[row, 0, at], (toward * up * slope).astype(dtype))
-        self._store(refs.toward.at[row, 1, at], (toward * active).astype(dtype))
-        pl.when(chunk == chunks - 1)(lambda: self._store(refs.parts.at[row, part], total))
+        self._store(refs.scaled.at[rows, columns], (value * scale).astype(dtype))
+        self._store(refs.toward.at[rows, 0, columns], (toward * up * slope).astype(dtype))
+        self._store(refs.toward.at[rows, 1, columns], (toward * active).astype(dtype))
+        pl.when(chunk == chunks - 1)(lambda: self._store(refs.parts.at[part, rows], total))
         return total
 
     # -- tiles in registers
 
-    def _load(self, ref: Any) -> jax.Array:
-        """A tile of values from global memory, in registers."""
+    def _load(self, ref: Any, of_rows: bool = False) -> jax.Array:
+        """A tile of values from global memory, in registers; or a value of each row."""
         if self.interpret:
             return ref[...]
-        return plgpu.load(ref, layout=self.layout, optimized=False)
+        layout = self.layout.reduce(1) if of_rows else self.layout
+        return plgpu.load(ref, layout=layout, optimized=False)
 
     def _store(self, ref: Any, value: jax.Array) -> None:
         """A tile, or a vector of its sums, to global memory."""
@@ -261,7 +266,7 @@ class _Loop:
             ref[...] = value
 
     def _in_layout(self, value: jax.Array) -> jax.Array:
-        """`[tile, 128]` as a tile lies in registers; `[tile]` as its sums do."""
+        """`[4, tile]` as a tile lies in registers; `[4]` as its sums do."""
         if self.interpret:
             return value
         layout = self.layout if value.ndim == 2 else self.layout.reduce(1)
@@ -269,9 +274,7 @@ class _Loop:
 
 
 def _layout(tile: int) -> Any:
-    """Of `[tile, 128]` values: a group lies within a warp, a thread has 16 bytes in one piece, or 8."""
-    if tile == 8:
-        tiling = plgpu.Tiling(((8, GROUP), (2, GROUP), (8,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-    tiling = plgpu.Tiling(((4, GROUP), (4,)))
+    """Of `[4, tile]` values: a warp has a row, a thread its values of it in one piece."""
+    values = tile // 32
+    tiling = plgpu.Tiling(((ROWS, tile), (values,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)

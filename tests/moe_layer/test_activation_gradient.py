@@ -165,17 +165,25 @@ def test_in_the_interpreter():
         check(*make_case(12, 2, 2, 64, 256), interpret=True)
 
 
-def test_row_by_row_in_the_interpreter():
-    """A row of three parts of three tiles."""
+@pytest.mark.parametrize("columns", [128, 256])
+def test_row_by_row_in_the_interpreter(columns):
+    """Rows of three parts of three tiles."""
     with jax.default_device(jax.devices("cpu")[0]):
-        problem, operands = make_case(12, 1, 2, 32, 4608, block=4)
-        assert rows_kernel.sizes_of(problem)[:3] == (4, 3, 3)
+        problem, operands = make_case(12, 1, 2, 32, 9 * columns, block=4)
+        assert rows_kernel.sizes_of(problem)[:3] == (columns, 3, 3)
         check_rows(problem, operands, interpret=True)
 
 
 def test_how_rows_are_cut():
     problem, _ = make_case(12, 2, 2, 8, 8)
-    for n, sizes in {512: (4, 1, 1), 1536: (4, 3, 1), 2048: (8, 2, 1), 14336: (8, 7, 2)}.items():
+    for n, sizes in {
+        128: (128, 1, 1),
+        256: (256, 1, 1),
+        768: (256, 3, 1),
+        1408: (128, 1, 11),
+        2048: (256, 4, 2),
+        14336: (256, 7, 8),
+    }.items():
         product = problem.product._replace(n=n)
         assert rows_kernel.sizes_of(problem._replace(product=product))[:3] == sizes
 
@@ -218,7 +226,9 @@ def test_what_they_take(monkeypatch):
         {"weights": weights._replace(gated=False)},
         {"weights": weights._replace(swiglu_limit=7.0)},
         {"weights": weights._replace(swiglu_alpha=1.7)},
-        {"product": product._replace(n=768)},
+        {"product": product._replace(n=192)},
+        {"product": product._replace(num_rows=product.num_rows + 2)},
+        {"product": product._replace(block_size=2)},
         {"product": product._replace(num_rows=1 << 21)},  # 2**31 values of products
     ):
         assert ways(problem._replace(**change)) == {"fusions"}, change

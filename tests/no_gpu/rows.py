@@ -155,31 +155,35 @@ def sums() -> Iterator[Compiled]:
 
 
 def activations() -> Iterator[Compiled]:
-    """The backward step across an activation: Mixtral's rows, and those of the narrower tile."""
+    """The backward step across an activation: Mixtral's rows, Qwen3's, and those of the narrow tile."""
     import jax
     import jax.numpy as jnp
 
     from moe_align_jax._grouped_matmul import across_activation_kernel as kernel
     from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem, Weights
 
-    for rows, n, dtype in ((17952, 14336, "bfloat16"), (300, 1536, "float16")):
+    for rows, n, dtype in (
+        (17952, 14336, "bfloat16"),
+        (1152, 768, "bfloat16"),
+        (300, 384, "float16"),
+    ):
         given = {"k": 4096, "num_experts": 8, "block_size": 192, "zero_padding": False}
         product = MatmulProblem("test", "blocks", rows, n=n, dtype=dtype, out_dtype=dtype, **given)
         problem = ActivationGradient(product, Weights(activation="silu", gated=True))
-        sizes, groups = kernel.sizes_of(problem), n // kernel.GROUP
+        sizes = kernel.sizes_of(problem)
         inputs = {
             "count": (1,),
             "scale": (rows,),
-            "products": (rows, 2, groups, kernel.GROUP),
-            "g": (rows, groups, kernel.GROUP),
+            "products": (rows, 2, n),
+            "g": (rows, n),
         }
         dtypes = (jnp.int32, jnp.float32, jnp.dtype(dtype), jnp.dtype(dtype))
         structs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(inputs.values(), dtypes, strict=True)]
         outputs = {"toward": inputs["products"], "scaled": inputs["g"]}
-        outputs["parts"] = (rows, sizes.parts, sizes.tile)
+        outputs["parts"] = (sizes.parts, rows)
         call = kernel.build(problem, sizes)
         direct = _Direct("across_activation", inputs, outputs, call, structs)
-        widths = dict.fromkeys(("products", "g", "toward", "scaled"), 2 * sizes.tile)
+        widths = dict.fromkeys(("products", "g", "toward", "scaled"), sizes.tile // 16)
         yield Compiled(f"{problem}, {sizes}", direct, widths, lambda text, parameters: iter(()))
 
 
