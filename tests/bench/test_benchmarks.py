@@ -1,8 +1,12 @@
 """benchmarks/: cases, verification, tables, fetching, and one run on this machine."""
 
+import contextlib
+import functools
+import gc
 import json
 import subprocess
 import sys
+import weakref
 import zipfile
 
 import jax
@@ -331,6 +335,35 @@ def test_replays_rest_as_long_as_executions_under_jit(monkeypatch):
     told.clear()
     timing.time_torch_graphs([(Graph(), 4), (Graph(), 4)], replays=1)
     assert told == ["wait", *["replay", *timed] * 2]
+
+
+def test_a_graph_keeps_what_its_calls_read_and_write(monkeypatch):
+    """Replays of a graph whose result was let go wrote to memory that a later capture had given back."""
+    torch = pytest.importorskip("torch")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            pass
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    out = torch.empty(4)
+    held, made = weakref.ref(out), []
+    graph = timing.capture_torch([functools.partial(lambda x: made.append(x.numel()), out)])
+    del out
+    gc.collect()
+    assert held() is not None and made == [4, 4]
+    del graph
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("size", [1 << 30, 53_000_000])
