@@ -24,7 +24,10 @@ _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 # 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. No blocks of 8, so that a model
 # needs no more than 12 kernels (see forms.py): DeepSeek-V3 TP8 with 16 tokens took 258.4 in blocks of 8, and
 # 260.1 of 16.
-_OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (math.inf, 184))
+# With 2048 pairs each, eleven blocks of 192 hold an expert where it takes twelve of 184: SonicMoE's sizes,
+# 32768 tokens, forward, 2026-11-30, span, wall, three runs: 184 5555, 6237; 5493, 6216; 5893, 6171; 192
+# 5340, 6067; 5388, 6125; 5933, 6067. By rule: other means above 1500.
+_OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (1500, 184), (math.inf, 192))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (in groups: see `choose_tiles._whole`).
 # Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
