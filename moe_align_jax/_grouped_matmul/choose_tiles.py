@@ -92,7 +92,7 @@ _NARROW_OF_144, _LEAST_K_IN_TURN = 2048, 2048
 _LEAST_OF_HEIGHTS, _MANY_OF_HEIGHTS, _MOST_K_OF_HEIGHTS, _MANY_OF_FALLING = 176, 128, 1024, 256
 _LEAST_WORK_OF_LISTS = 1 << 39
 _GROUP_OF_184 = 6  # of 128 experts: two of which 512 rows fill three tiles
-_GROUP_OF_COPIED = 4  # of gate and up whose rows lie in order
+_GROUP_OF_COPIED = 4  # of gate and up whose rows lie in order, and of blocks of 192 rows
 _LEAST_K_NOT_LATE = 4096  # of gate and up of many experts in blocks of 144 rows
 
 
@@ -206,11 +206,11 @@ def _cut(problem: MatmulProblem, tiles: Config, rules: Rules, lists: bool) -> Co
         return tiles
     many = problem.num_experts >= _MANY_OF_HEIGHTS
     wanted = problem.weights.gated or problem.k <= _MOST_K_OF_HEIGHTS
-    if tiles.bm == 184 and wanted and problem.num_experts < _MANY_OF_FALLING:
+    if wanted and problem.num_experts < _MANY_OF_FALLING:
         more = {"finds": True, "trims": not problem.top_k}
         found = with_heights(problem, tiles, _LESS_OF_MANY, True, **more) if many else tiles
         copied = problem.weights.gated and not problem.top_k
-        group = _GROUP_OF_COPIED if copied else _GROUP_OF_184
+        group = _GROUP_OF_COPIED if copied or tiles.bm == 192 else _GROUP_OF_184
         return found._replace(group=group) if found.heights else tiles
     if problem.k <= _MOST_K_OF_HEIGHTS:
         exact, many = tiles.bm == 184, many and not problem.top_k

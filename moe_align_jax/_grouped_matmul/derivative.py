@@ -108,21 +108,21 @@ def weights(
     ]
 
 
-def weights_by_tokens(
+def weights_by_rows(
     problem: MatmulProblem,
     implementation: str | None,
     x: jax.Array,
-    tokens: jax.Array,
+    rows: jax.Array,
     like: jax.Array,
     where: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """`weights`, of one array, where the rows of products are those of tokens, and x has its own rows.
+    """`weights`, of one array, where x has a row for each row of products.
 
-    problem: num_tokens and top_k are those of `tokens`.
+    problem: with num_tokens and top_k, `rows` are those of tokens.
     """
     gathered = "lhs" if problem.weights.transposed else "rhs"
-    gradient = problem.weight_gradient._replace(gathered=gathered)
-    return _weights(problem, gradient, implementation, x, tokens, like, where)
+    gradient = problem.weight_gradient._replace(gathered=gathered if problem.top_k else None)
+    return _weights(problem, gradient, implementation, x, rows, like, where)
 
 
 def _weights(

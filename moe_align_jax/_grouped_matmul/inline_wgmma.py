@@ -214,12 +214,14 @@ def multiply_rows(
     rows: int,
     interpret: bool,
 ) -> jax.Array:
-    """`sums + left[:rows, 64 band:][:, :64]^T right[:rows]`, complete; `rows` is a multiple of 16.
+    """`sums + left[:rows, m band:][:, :m]^T right[:rows]`, complete; `rows` is a multiple of 16. m, the rows
+    of the sums, is a multiple of 64.
 
     Mosaic's own wgmma takes 64 rows of tiles with TMA's 128-byte swizzle, or multiples of them.
     """
+    wide = sums.shape[0]
     if interpret:
-        left = left_ref[:rows, pl.ds(band * 64, 64)].astype(jnp.float32)
+        left = left_ref[:rows, pl.ds(band * wide, wide)].astype(jnp.float32)
         return sums + jnp.dot(left.T, right_ref[:rows, :].astype(jnp.float32))
     like = plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=plgpu.Layout.WGMMA)
     scalar = plgpu.Layout.WG_SPLAT(())
@@ -228,26 +230,35 @@ def multiply_rows(
     @emits(arg_types=kinds, return_type=like)
     def emit(_, left, right, values, which):
         group, per_instruction = 64, 16
-        which = arith.index_cast(ir.IndexType.get(), scalar_of(which))
-        left = mgpu.memref_slice(left, (slice(None), mgpu.ds(which, 1)))
+        bands = wide // group
+        which = arith.index_cast(ir.IndexType.get(), arith.muli(scalar_of(which), int32(bands)))
+        left = mgpu.memref_slice(left, (slice(None), mgpu.ds(which, bands)))
         left = mgpu.memref_transpose(left, (1, 0, 3, 2))
         kind = ir.MemRefType(left.type).element_type
         more = {"swizzle": 128, "large_tile": (group, group)}
-        (a, (_, (a_step, *_))), *_ = _descriptor(
-            left, group_size=(group, group), logical_k_major=False, **more
-        )
+        of_left = [
+            _descriptor(
+                mgpu.memref_slice(left, slice(m, m + 1)),
+                group_size=(group, group),
+                logical_k_major=False,
+                **more,
+            )[0]
+            for m in range(bands)
+        ]
         (b, (_, (b_step, *_))), *_ = _descriptor(
             right, group_size=(group, sums.shape[1]), logical_k_major=True, **more
         )
         given = mgpu.WGMMAAccumulator.from_registers(values)
-        registers = _wgmma(
-            given._value.registers,
-            *(a, b, True, True, a_step, b_step),
-            n=sums.shape[1],
-            swizzle=rows // per_instruction * 32,  # which tells how many instructions there are
-            a_element_type=kind,
-            b_element_type=kind,
-        )
+        registers = given._value.registers.copy()
+        for m, (a, (_, (a_step, *_))) in enumerate(of_left):
+            registers[m : m + 1] = _wgmma(
+                registers[m : m + 1],
+                *(a, b, True, True, a_step, b_step),
+                n=sums.shape[1],
+                swizzle=rows // per_instruction * 32,  # which tells how many instructions there are
+                a_element_type=kind,
+                b_element_type=kind,
+            )
         for order in ("commit_group.sync.aligned", "wait_group.sync.aligned 0"):
             mgpu_utils.inline_ptx(f"wgmma.{order};", has_side_effects=True)
         found = mgpu.FragmentedArray(

@@ -58,12 +58,18 @@ def spread_out(
     problem: MatmulProblem, named: dict[str, jax.Array], interpret: bool = False
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
     """The same as `permuted` by the kernel of `spread`, by `row_of_pair`. Rows of no pair hold anything."""
-    copy = spread.of(problem)
+    x = spread_rows(spread.of(problem), named["x"], named["row_of_pair"], interpret)
+    return problem.permuted, named | {"x": x}
+
+
+def spread_rows(
+    copy: spread.Spread, tokens: jax.Array, row_of_pair: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`[num_rows, width]`: each pair's row of tokens, by the kernel. Rows of no pair hold anything."""
     with jax.enable_x64(False):
         launch = spread_kernel.build(copy, spread.config_for(copy), interpret=interpret)
-        x = named["x"].reshape(copy.grained(problem.num_tokens))
-        rows = launch(named["row_of_pair"].reshape(-1), x)
-    return problem.permuted, named | {"x": rows.reshape(problem.num_rows, problem.k)}
+        rows = launch(row_of_pair.reshape(-1), tokens.reshape(copy.grained(copy.num_tokens)))
+    return rows.reshape(copy.num_rows, copy.width)
 
 
 def rows_of_pairs(

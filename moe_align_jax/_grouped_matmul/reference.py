@@ -444,6 +444,7 @@ def activation_gradient(problem: ActivationGradient, *operands: jax.Array) -> li
     product, first = problem.product, problem.product._replace(weights=problem.weights)
     every, spare = tiles(product, *where), _spare(product)
     products, scale, used = (_padded(x, spare) for x in (products, scale, used))
+    toward = toward if product.top_k else _padded(toward, spare)
     ids = jnp.pad(where[0], (0, spare), constant_values=-1)
 
     def step(i, results):
@@ -453,7 +454,8 @@ def activation_gradient(problem: ActivationGradient, *operands: jax.Array) -> li
         )
         in_use = rows.used & mine(used)
         matrix = _of_expert(product, every, i, w)
-        g = one_tile(product, in_use, toward[rows.token], (matrix,), None, None)
+        ct = mine(toward) if rows.token is None else toward[rows.token]
+        g = one_tile(product, in_use, ct, (matrix,), None, None)
         found = across_activation(first, mine(products), g, mine(scale), in_use)
         return tuple(
             lax.dynamic_update_slice_in_dim(all_rows, some, rows.start, 0)

@@ -32,6 +32,7 @@ class ComputeLoop:
         self.plan, self.refs, self.tiles, self.warpgroup = plan, refs, tiles, warpgroup
         self.bk, self.short = plan.tiles.bk, plan.tiles.short
         layout, piece = plan.problem.layout, plan.piece
+        self.across = plan.tiles.bn // piece  # bands of a tile, side by side
         self.out_dtype = jnp.dtype(layout.out_dtype)
         self.out_like = memory.transforms(piece, self.out_dtype)
         self.unread = unread_stores(layout.n, plan.tiles.bn, piece)
@@ -60,7 +61,7 @@ class ComputeLoop:
         zeros = jnp.zeros((WM, self.plan.piece), self.out_dtype)
         if not self.plan.interpret:
             zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-        nothing = [zeros] * (self.plan.tiles.bn // self.plan.piece)
+        nothing = [zeros] * (self.plan.wm // WM * self.across)
         late_tiles.all_tiles(self.tiles.mine, self._later, self._put_waiting, nothing)
 
     def _later(self, i: jax.Array, waiting: Waiting) -> Waiting:
@@ -99,7 +100,7 @@ class ComputeLoop:
                 rows = tile.end - tile.first - k * self.bk
                 if not self.short:
                     pl.when(rows < self.bk)(lambda: self._clear(slot, rows))
-                a = left.at[slot, :, pl.ds(self.warpgroup * WM, WM)]
+                a = left.at[slot, :, pl.ds(self.warpgroup * self.plan.wm, self.plan.wm)]
                 plgpu.wgmma(sums, a.transpose((1, 0)), right.at[slot])
                 between(k)
                 # All but this step's are done, so that their stage can be loaded again.
@@ -118,7 +119,7 @@ class ComputeLoop:
 
             return sums[...]
 
-        sums = pl.run_scoped(scope, products.accumulator((WM, self.plan.tiles.bn), _F32))
+        sums = pl.run_scoped(scope, products.accumulator((self.plan.wm, self.plan.tiles.bn), _F32))
         return self._with_last_rows(tile, ring, sums) if self.short else sums
 
     def _with_last_rows(self, tile: Tile, ring: jax.Array, sums: jax.Array) -> jax.Array:
@@ -172,7 +173,7 @@ class ComputeLoop:
 
     def _place(self, tile: Tile) -> tuple[jax.Array, ...]:
         """(Expert, first row, first column) of what this warpgroup has of a tile."""
-        row = tile.m * self.plan.tiles.bm + self.warpgroup * WM
+        row = tile.m * self.plan.tiles.bm + self.warpgroup * self.plan.wm
         return tile.expert, row, tile.n * self.plan.tiles.bn
 
     def _bands(self, tile: Tile, sums: jax.Array) -> list[jax.Array]:
@@ -180,10 +181,11 @@ class ComputeLoop:
         refs, piece = self.refs, self.plan.piece
         expert, row, column = self._place(tile)
         found = []
-        for c in range(0, self.plan.tiles.bn, piece):
-            band = sums[:, c : c + piece]
+        for q in range(self.plan.wm // WM * self.across):
+            r, c = q // self.across * WM, q % self.across * piece
+            band = sums[r : r + WM, c : c + piece]
             if refs.sums is not None:
-                rows = pl.ds(pl.multiple_of(row, WM), WM)
+                rows = pl.ds(pl.multiple_of(row + r, WM), WM)
                 columns = pl.ds(pl.multiple_of(column + c, piece), piece)
 
                 def add(p, band, rows=rows, columns=columns):
@@ -204,7 +206,7 @@ class ComputeLoop:
         refs, piece = self.refs, self.plan.piece
         k, n = self.plan.problem.layout.k, self.plan.problem.layout.n
         expert, row, column = at
-        column = column + piece * q
+        row, column = row + q // self.across * WM, column + q % self.across * piece
 
         @pl.when((row < k) & (column < n))
         def _():

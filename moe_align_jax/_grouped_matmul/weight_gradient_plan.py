@@ -16,7 +16,7 @@ _I32 = jnp.int32
 COMPUTING = 2  # warpgroups that multiply
 SLOTS = 2  # bands of the result in shared memory, per warpgroup
 LISTED = 64  # tiles of a CTA that are dealt, at most
-WM = 64  # columns of lhs that a warpgroup has
+WM = 64  # columns of lhs that a band of the result has, and a wgmma
 
 
 class Operand(NamedTuple):
@@ -77,6 +77,11 @@ class Plan(NamedTuple):
     piece: int
     out_shape: tuple[int, ...]
     by_rows: bool
+
+    @property
+    def wm(self) -> int:
+        """Columns of lhs that a warpgroup has."""
+        return self.tiles.bm // COMPUTING
 
     @property
     def per_expert(self) -> int:

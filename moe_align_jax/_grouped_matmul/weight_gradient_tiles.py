@@ -82,6 +82,10 @@ def tiles_for(problem: WeightGradient) -> Tiles:
     # and 658, uniform 595 and 595. Back in all rounds, or in turn, leveled: 768 x 2048, uniform, 308 and 313;
     # 2048 x 1536, Zipf, 655 and 625.
     back = 2 * tiles_per_expert(problem, tiles) <= tiles.num_ctas
+    # Of as many tiles, threads copy one of 128 columns of rhs half as often: 262144 gathered rows, 512 x
+    # 4096, 128 experts, us, 2026-11-30: 1853 for 2206.
+    if problem.gathered == "rhs" and -(-problem.layout.k // tiles.bm) % 2 == 0:
+        tiles = tiles._replace(bm=256, bn=128)
     return tiles._replace(group=group, back=back, level=True)
 
 

@@ -11,8 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_align_jax._grouped_matmul import activation_gradient, derivative, reference, scaled
+from moe_align_jax._grouped_matmul import (
+    activation_gradient,
+    derivative,
+    reference,
+    scaled,
+    token_rows,
+)
 from moe_align_jax._grouped_matmul.problem import ActivationGradient, MatmulProblem
+from moe_align_jax._grouped_matmul.spread import Spread
 from moe_align_jax._lowering.ordering import complete_first
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import casts
@@ -246,6 +253,9 @@ def _backward(problem, implementation, kept, ct):
         w_down: (s a)^T d               ds = sum over N of g a
         dh = act'(products) of s g      w_gate_up: x^T dh
                                         x: dh @ w_gate_up^T, summed over a token's rows
+
+    Rows of d, and those of x, are gathered by who reads them, or are first copied to the rows of the pairs,
+    `[P, H]`: not both at once, nor beside the rows of x's cotangent.
     """
     floats, where, products = kept
     problem = problem._replace(num_rows=where.pair_of_row.shape[0])
@@ -253,6 +263,7 @@ def _backward(problem, implementation, kept, ct):
     ct, floats, where, products = jax.tree.unflatten(tree, vary_together(leaves))
     given = floats.cast(problem.dtype)
     first, second = problem.first, problem.second
+    copies = None if implementation == "xla" else problem.copies
     wide = ct.astype(_F32)
     pair, used = where.pair_of_row, reference.row_mask(first, *where.of_matmul)
     toward = ct.astype(problem.dtype)
@@ -262,15 +273,25 @@ def _backward(problem, implementation, kept, ct):
         share = jnp.where(where.row_of_pair >= 0, given.topk_weights, 0.0)
         scale = share.reshape(-1)[jnp.where(used, pair, 0)]
         scale = jnp.where(used, scale, 0.0)
-    flipped = second.input_gradient._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
-    across = ActivationGradient(flipped, first.weights)
-    operands = (products, scale, used, toward, given.w_down, *where.of_matmul)
     with jax.named_scope("down"):
+        if copies:
+            # Not before the experts' results of the forward pass are summed up.
+            products, toward = complete_first(products, toward)
+            toward = _rows_of_pairs(copies, implementation, toward, where)
+        else:  # the rows are those of tokens
+            second = second._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
+        flipped = second.input_gradient._replace(num_tokens=second.num_tokens, top_k=second.top_k)
+        across = ActivationGradient(flipped, first.weights)
+        operands = (products, scale, used, toward, given.w_down, *where.of_matmul)
         rows, scaled_rows, of_row = activation_gradient.run(
             operands, problem=across, implementation=implementation
         )
         if given.bias_gate_up is not None:  # its gradient adds up all rows
             rows = jnp.where(used[:, None], rows, jnp.zeros_like(rows))
+        args = (implementation, scaled_rows, toward, floats.w_down, where.of_matmul)
+        d_down = derivative.weights_by_rows(second, *args)
+        # The rows of d may be `[P, H]`, as those of dx are: they are read before there are any of dx.
+        d_down, rows = complete_first(d_down, rows)
     with jax.named_scope("combine"):
         kept_pair = where.row_of_pair >= 0
         of_pair = of_row[jnp.where(kept_pair, where.row_of_pair, 0)]
@@ -291,22 +312,27 @@ def _backward(problem, implementation, kept, ct):
         dx = derivative.input_rows(first, *args)
         row_of = where.row_of_pair.reshape(first.num_tokens, first.top_k)
         dx = derivative.sum_of_rows(dx, row_of, problem.dtype)
-        # The rows of x may be copied, `[P, H]`: not before those of dx are summed up.
         dx, x = complete_first(dx, given.x)
+        if copies:
+            x, first = _rows_of_pairs(copies, implementation, x, where), first.permuted
         args = (implementation, x, rows, floats.w_gate_up, where.of_matmul)
         d_gate_up = derivative.weights(first, *args)
         d_bias = None
         if given.bias_gate_up is not None:
             d_bias = derivative.bias(first, rows, where.of_matmul)
-    with jax.named_scope("down"):
-        gathers = second._replace(num_tokens=problem.num_tokens, top_k=problem.top_k)
-        args = (implementation, scaled_rows, toward, floats.w_down, where.of_matmul)
-        d_down = derivative.weights_by_tokens(gathers, *args)
     found = Floats(dx, tuple(d_gate_up), d_down, d_bias, d_bias_down, d_weights)
     return found, jax.tree.map(lambda _: None, where)
 
 
 _differentiable.defvjp(_forward, _backward)
+
+
+def _rows_of_pairs(
+    copies: Spread, implementation: str | None, tokens: jax.Array, where: Where
+) -> jax.Array:
+    """`[P, H]`: each pair's row of tokens; those of no pair hold anything."""
+    given = (tokens, where.row_of_pair, where.pair_of_row)
+    return token_rows.run(*given, problem=copies, implementation=implementation)
 
 
 def _with_weights(problem: LayerProblem, row: jax.Array, expert_ids: jax.Array) -> jax.Array:

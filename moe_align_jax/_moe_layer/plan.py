@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+from moe_align_jax._grouped_matmul import spread
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Scales, TokenSum, Weights
 
 # With at most this share of the experts hit, pairs hardly ever meet in an expert: aligning them costs more
@@ -24,7 +25,10 @@ _MANY_EXPERTS = ((16 / 3, 8), (32 / 3, 16), (66, 80), (math.inf, 144))
 # 256 pairs: 144 583, 700; 184 631, 720; 128 609, 722. By rule: other means. No blocks of 8, so that a model
 # needs no more than 12 kernels (see forms.py): DeepSeek-V3 TP8 with 16 tokens took 258.4 in blocks of 8, and
 # 260.1 of 16.
-_OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (math.inf, 184))
+# With 2048 pairs each, eleven blocks of 192 hold an expert where it takes twelve of 184: SonicMoE's sizes,
+# 32768 tokens, forward, 2026-11-30, span, wall, three runs: 184 5555, 6237; 5493, 6216; 5893, 6171; 192
+# 5340, 6067; 5388, 6125; 5933, 6067. By rule: other means above 1500.
+_OF_128_EXPERTS = ((32 / 3, 16), (66, 80), (430, 144), (1500, 184), (math.inf, 192))
 _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 # Up to eight experts have blocks of 176, six of which hold 1024 rows (in groups: see `choose_tiles._whole`).
 # Measured of Mixtral 8x7B alone, one H200, 2026-11-29, device span in us, forward, forward and backward:
@@ -39,6 +43,11 @@ _MANY_OF_ONE_HEIGHT = (*_MANY_EXPERTS[:-1], (math.inf, 128))
 _FEW_EXPERTS = ((16 / 3, 8), (36, 48), (270, 144), (math.inf, 192))
 _EIGHT_EXPERTS = (*_FEW_EXPERTS[:-1], (math.inf, 176))
 _FEW, _EIGHT = 16, 8  # up to so many: their batches reach more rows per expert
+# N from which on, and pairs of a mean expert above which, the backward pass copies tokens' rows. One H200,
+# 2026-11-30, forward and backward, span, wall in us, gathered and copied: Qwen3-30B-A3B, 8192 tokens 4001,
+# 3908 and 3610, 3701; SonicMoE's sizes (in blocks of 184 and 192) 17438, 18946 and 17188, 18224; Mixtral,
+# 8192 tokens, by XLA's gather 25833, 27294 and 25857, 27256. By rule: other sizes.
+_COLUMNS_TO_COPY, _PAIRS_TO_COPY = 512, 430
 # Of products whose tiles have 8, 16, 64 or 128 rows: see `kind_of_blocks`.
 _POWERS_OF_TWO = ((16 / 3, 8), (32 / 3, 16), (80, 64), (math.inf, 128))
 # Kinds of blocks: of a few powers of two rows; of any multiple of 8 rows, which are tiles; the same, that are
@@ -126,6 +135,17 @@ class LayerProblem(NamedTuple):
     def first_forward(self) -> MatmulProblem:
         """`first`, of which jax's launches also get `row_of_pair` where they may copy rows by it."""
         return self.first._replace(inverse=True) if self.spreads else self.first
+
+    @property
+    def copies(self) -> spread.Spread | None:
+        """How the backward pass copies x, and the result's cotangent, to the rows of their pairs, so that
+        their readers need not gather them; None where it does not."""
+        if not self.spreads or self.ffn < _COLUMNS_TO_COPY:
+            return None
+        if self.num_tokens * self.top_k <= _PAIRS_TO_COPY * self.num_experts:
+            return None
+        found = spread.Spread(self.num_tokens, self.top_k, self.num_rows, self.hidden, self.dtype)
+        return None if spread.unsupported(found) else found
 
     @property
     def token_sum(self) -> TokenSum | None:

@@ -113,7 +113,7 @@ def test_expected_values_of_the_self_test_are_those_of_the_reference():
     np.testing.assert_allclose(example.expected, want, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("block", [144, 176, 184])
+@pytest.mark.parametrize("block", [144, 176, 184, 192])
 def test_the_self_test_meets_tiles_of_several_heights(block):
     """A run that is cut into tiles of two heights, and a tile of the lowest one."""
     problem = blocks(block, n=256)

@@ -496,7 +496,9 @@ def test_which_products_take_them():
     assert chosen(184, 128, 768, 2048, **any_rows) == (*of_184, True)
     assert chosen(144, 256, 7168, 256, weights=silu, **gather)[3:] == (True, False, False)
     assert chosen(184, 64, 2048, 768, weights=silu, **both) is None
-    assert chosen(192, 128, 1024, **any_rows) == ((184, 176, 168, 152), "even", *tall)
+    of_192 = (184, 176, 168, 152), "exact", 4, True, False
+    assert chosen(192, 128, 1024, **any_rows) == (*of_192, True)
+    assert chosen(192, 128, 4096, 512, weights=silu, **both) == (*of_192, False)
     falling = "falling", 0, False, False, True
     assert chosen(184, 256, 7168, 1024, **any_rows) == ((176, 168, 160, 144), *falling)
     assert chosen(192, 256, 7168, 1024, **any_rows) == ((184, 176, 168, 152), *falling)

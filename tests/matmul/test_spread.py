@@ -15,6 +15,7 @@ from moe_align_jax._grouped_matmul import (
     reference,
     spread,
     spread_kernel,
+    token_rows,
 )
 from moe_align_jax._grouped_matmul import config as tiles
 from moe_align_jax._grouped_matmul.problem import MatmulProblem, Weights
@@ -154,7 +155,7 @@ def lowered(change, tokens=7000):
 
 
 def test_which_programs_have_the_copy():
-    """Not those of a derivative, whose weights' gradient reads the rows that XLA gathers."""
+    """In a derivative the forward pass has none; the backward pass copies x and the result's cotangent."""
 
     def mean(layer):
         return lambda *given: jnp.mean(layer(*given).astype(jnp.float32))
@@ -167,8 +168,12 @@ def test_which_programs_have_the_copy():
         lambda layer: functools.partial(layer, num_valid_tokens=5),
     ):
         assert lowered(change) == once
-    assert not lowered(lambda layer: jax.grad(mean(layer), argnums=(0, 1, 2)))
-    assert not lowered(lambda layer: jax.grad(jax.checkpoint(mean(layer)), argnums=(0, 1, 2)))
+    backward = lowered(lambda layer: jax.grad(mean(layer), argnums=(0, 1, 2)))
+    assert backward > 0
+    assert backward == lowered(
+        lambda layer: jax.grad(jax.checkpoint(mean(layer)), argnums=(0, 1, 2))
+    )
+    assert not lowered(lambda layer: jax.grad(mean(layer), argnums=(0, 1, 2)), tokens=5000)
     assert not lowered(lambda layer: layer, tokens=5000)
 
 
@@ -228,6 +233,53 @@ def test_which_layers_know_the_rows():
     assert layer._replace(weights_on_input=True, top_k=1).spreads
     assert not layer._replace(pairs=True, block_size=1).spreads
     assert not layer.first.inverse  # which a launch from PyTorch takes, too
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "tokens", "hidden", "ffn", "copies"),
+    [
+        (128, 8, 32768, 4096, 512, True),
+        (128, 8, 8192, 2048, 768, True),
+        (8, 2, 8192, 4096, 14336, True),
+        (128, 8, 4096, 2048, 768, False),  # few rows of an expert
+        (64, 8, 8192, 7168, 256, False),  # few columns
+    ],
+)
+def test_which_backward_passes_copy_rows(experts, top_k, tokens, hidden, ffn, copies):
+    lie = Weights(activation="silu", gated=True)
+    block = maj.moe_block_size(tokens, top_k=top_k, num_experts=experts)
+    rows = tokens * top_k + experts * (block - 1)
+    sizes = (tokens, top_k, hidden, ffn, experts, "bfloat16", "bfloat16", lie, False)
+    layer = LayerProblem(*sizes, False, block, rows, False, False)
+    want = spread.Spread(tokens, top_k, rows, hidden, "bfloat16")
+    assert layer.copies == (want if copies else None)
+    assert layer._replace(dtype="float32").copies is None
+    assert layer._replace(weights_on_input=True).copies is None
+
+
+@pytest.mark.parametrize("implementation", [None, "emulator"])
+def test_rows_copied_for_several_readers(implementation):
+    """Each row of a pair is its token's; a token's cotangent is the sum of those of its rows alone."""
+    aligned = routed(12, 2, 3, 16, dropped=0.2)
+    ids, row_of = np.asarray(aligned.sorted_token_ids), np.asarray(aligned.row_of_pair)
+    problem = spread.Spread(12, 2, len(ids), 64, "bfloat16")
+    rng = np.random.default_rng(4)
+    tokens, ct = (
+        jnp.asarray(rng.integers(-8, 8, (n, 64)), jnp.bfloat16) for n in (12, problem.num_rows)
+    )
+    given = jnp.asarray(row_of.reshape(12, 2)), jnp.asarray(ids)
+
+    def copy(tokens):
+        return token_rows.run(tokens, *given, problem=problem, implementation=implementation)
+
+    rows, pull = jax.vjp(copy, tokens)
+    real = (ids >= 0) & (ids < 24)
+    assert 0 < real.sum() < 24
+    np.testing.assert_array_equal(np.asarray(rows)[real], np.asarray(tokens)[ids[real] // 2])
+    [found] = pull(jnp.where(real[:, None], ct, jnp.nan))
+    want = np.zeros((12, 64), np.float32)
+    np.add.at(want, ids[real] // 2, np.asarray(ct, np.float32)[real])
+    np.testing.assert_array_equal(np.asarray(found, np.float32), want)
 
 
 def test_what_it_takes():

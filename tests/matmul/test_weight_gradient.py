@@ -128,6 +128,11 @@ FEW = [
         Tiles(bk=16, group=2, back=True),
     ),
     (
+        "256 columns of lhs by 128 of rhs, which is gathered; the last tiles half outside",
+        lambda: blocks(40, 2, 3, 320, 192, 16, gathered="rhs", routing="dropped"),
+        Tiles(bm=256, bn=128, lag=1, short=True),
+    ),
+    (
         "a hot expert's tile beside three of others, then two tiles for each CTA",
         lambda: ragged([0, 400, 7, 11, 40, 9, 24, 2], 500, 24, 24),
         Tiles(bk=16, level=True),
@@ -266,6 +271,27 @@ def test_rows_are_gathered_before_the_kernel_where_it_reads_them_often(operand, 
     assert [(x.shape, str(x.dtype)) for x in given] == [*copied.inputs.values()]
     want = reference.weight_gradient(problem, *operands)
     np.testing.assert_array_equal(reference.weight_gradient(copied, *given), want)
+
+
+def test_which_weights_gradients_gather_first_and_which_tiles_they_have():
+    """Those of DeepSeek-V3's layers, split over eight devices, and Mixtral's; of rows in order, too."""
+
+    def found(tokens, top_k, experts, k, n, gathered):
+        sizes = {"block_size": 64, "num_tokens": tokens, "top_k": top_k}
+        layout = MatmulProblem(
+            "test", "blocks", tokens * top_k, k, n, experts, *["bfloat16"] * 2, **sizes
+        )
+        problem = WeightGradient(layout, gathered)
+        tiles = tiles_for(problem)
+        return gathers_first(problem), (tiles.bm, tiles.bn)
+
+    wide, tall = (128, 256), (256, 128)
+    assert found(8192, 8, 256, 7168, 512, "lhs") == (False, wide)
+    assert found(8192, 8, 256, 256, 7168, "rhs") == (False, tall)
+    assert found(8192, 8, 256, 256, 7168, None) == (False, wide)
+    assert found(8192, 8, 256, 128, 7168, "rhs") == (False, wide)
+    assert found(8192, 8, 256, 384, 7168, "rhs") == (False, wide)  # half of a tile would be empty
+    assert found(8192, 2, 8, 4096, 28672, "lhs") == (True, wide)
 
 
 def test_a_product_and_a_weight_gradient_share_the_rows_that_are_gathered_first():
@@ -409,6 +435,15 @@ def many() -> list[tuple[str, Any, Any]]:
         for gathered in (None, "lhs", "rhs"):
             hot = functools.partial(blocks, 1500, 2, 16, 768, 2048, 128, gathered=gathered)
             add(f"level, hot, {gathered}", functools.partial(hot, routing="hot"), tiles)
+    tall = Tiles(bm=256, bn=128, lag=1, short=True)
+    for k, n in ((512, 4096), (768, 2048), (320, 192), (200, 136)):
+        for routing in ("uniform", "hot"):
+            more = {"gathered": "rhs", "routing": routing}
+            make = functools.partial(blocks, 1500, 2, 16, k, n, 128, **more)
+            add(f"tall, {routing}", make, tall, tall._replace(level=True, group=16, back=True))
+    for gathered in (None, "lhs"):
+        make = functools.partial(blocks, 1500, 2, 16, 320, 192, 128, gathered=gathered)
+        add(f"tall, {gathered}", make, tall)
     add("ragged, grouped", lambda: ragged([130, 500, 3, 64], 700, 640, 1536), grouped)
     add("many experts", lambda: ragged([1] * 500, 501, 256, 256), None)
     add("offset", lambda: ragged([30, 0, 70, 5], 120, 128, 256, experts=2, offset=1), None, early)

@@ -177,6 +177,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._moe_layer.plan": {
         "moe_align_jax._grouped_matmul.problem",
+        "moe_align_jax._grouped_matmul.spread",
     },
     "moe_align_jax._moe_layer.combine": set(),
     "moe_align_jax._moe_layer.token_sum": {
@@ -253,6 +254,10 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._lowering",
     },
     "moe_align_jax._grouped_matmul.weight_gradient": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._lowering",
+    },
+    "moe_align_jax._grouped_matmul.token_rows": {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._lowering",
     },

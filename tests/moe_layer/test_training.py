@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import moe_align_jax as maj
+from moe_align_jax._moe_layer import plan
 from tests.matmul.oracle import error
 from tests.moe_layer.test_moe_layer import normal
 
@@ -127,6 +128,7 @@ def test_the_second_product_is_never_computed_again(policy):
     [
         pytest.param("float32", 128, id="float32"),
         pytest.param("bfloat16", 128, id="bfloat16"),
+        pytest.param("bfloat16", 512, id="bfloat16, rows that are copied"),
         pytest.param("bfloat16", 128, marks=pytest.mark.gpu, id="bfloat16, GPU"),
         pytest.param(
             "bfloat16", 512, marks=pytest.mark.gpu, id="bfloat16, GPU, across by a kernel"
@@ -151,6 +153,84 @@ def test_memory_of_a_derivative_does_not_grow_with_the_experts(dtype, ffn):
     most = tokens * hidden + rows * (2 * ffn + 2 * ffn + ffn + hidden)
     most *= jnp.dtype(dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.2 * most
+
+
+def layer_of(tokens, top_k, experts, hidden, ffn, transposed=False):
+    """Operands of a bfloat16 layer, a fifth of whose pairs are dropped and have NaN weights; a cotangent."""
+    rng = np.random.default_rng(6)
+    order = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k].astype(np.int32)
+    ids = np.where(rng.random(order.shape) < 0.2, -1, order)
+    weights = np.where(ids < 0, np.nan, rng.uniform(0.2, 1.0, ids.shape)).astype(np.float32)
+    x, ct = (normal(rng, (tokens, hidden), "bfloat16") for _ in range(2))
+    first = normal(rng, (experts, hidden, 2 * ffn), "bfloat16", hidden**-0.5)
+    second = normal(rng, (experts, ffn, hidden), "bfloat16", ffn**-0.5)
+    if transposed:
+        first, second = first.swapaxes(1, 2), second.swapaxes(1, 2)
+    return (x, first, second, jnp.asarray(weights)), jnp.asarray(ids), ct
+
+
+def result_and_gradients(floats, ids, ct, **options):
+    """[y, the cotangents of x, both weights and the routing weights] by one program; and its text."""
+
+    def both(ct, ids, *floats):
+        y, pull = jax.vjp(lambda *f: maj.fused_moe(*f, ids, **options), *floats)
+        return y, *pull(ct)
+
+    if options["implementation"] == "emulator":
+        return [*both(ct, ids, *floats)], ""
+    lowered = jax.jit(both).lower(ct, ids, *floats)
+    program = lowered.compile()
+    poison = jnp.full((4, ids.size + 8192, floats[0].shape[1]), jnp.nan, jnp.bfloat16)
+    jax.block_until_ready(poison).delete()  # the allocator gives this memory to the program
+    found = program(ct, ids, *floats)
+    for a, b in zip(found, program(ct, ids, *floats), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    return [*found], lowered.as_text()
+
+
+def compare_gradients(found, want):
+    """Each is finite and near."""
+    for a, b in zip(found, want, strict=True):
+        assert np.isfinite(np.asarray(a, np.float32)).all()
+        assert error(a, np.asarray(b, np.float64)) < 1e-2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("implementation", [None, "emulator"])
+def test_a_backward_pass_that_copies_rows(implementation, transposed, monkeypatch):
+    """In the interpreter rows that nobody wrote are NaN: what is copied, and what lies between products."""
+    monkeypatch.setattr(plan, "_COLUMNS_TO_COPY", 64)
+    monkeypatch.setattr(plan, "_PAIRS_TO_COPY", 8)
+    floats, ids, ct = layer_of(22, 2, 3, 64, 64, transposed)
+    options = {"block_size": 16, "transpose_rhs": transposed}
+    run = functools.partial(result_and_gradients, floats, ids, ct, **options)
+    want, _ = run(implementation="xla")
+    found, text = run(implementation=implementation)
+    compare_gradients(found, want)
+    if implementation is None:  # the same sums of rows that XLA gathers
+        assert [np.asarray(a).tobytes() for a in found] == [np.asarray(b).tobytes() for b in want]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "rows", "copied"),
+    [
+        (1800, 8, 2, 176, True),
+        (5000, 128, 8, 144, False),
+        (7000, 128, 8, 184, True),
+        (24100, 128, 8, 192, True),
+    ],
+)
+def test_gradients_of_large_blocks_on_a_gpu(tokens, experts, top_k, rows, copied, transposed):
+    """Into poisoned memory: what rows without a pair hold reaches no result. The same bits again."""
+    assert maj.moe_block_size(tokens, top_k=top_k, num_experts=experts) == rows
+    floats, ids, ct = layer_of(tokens, top_k, experts, 256, 512, transposed)
+    options = {"transpose_rhs": transposed}
+    found, text = result_and_gradients(floats, ids, ct, implementation="mosaic_gpu", **options)
+    assert ("spread_rows" in text) == copied
+    want, _ = result_and_gradients(floats, ids, ct, implementation="xla", **options)
+    compare_gradients(found, want)
 
 
 def test_a_second_derivative_is_that_of_dense_experts():

@@ -211,6 +211,11 @@ def _of_heights() -> Cases:
             tiles = Config("swap", bm, 256, 64, stages, group=4, lag=stages - 2)
             tiles = with_heights(given, tiles, (8, 16, 24), True, finds=True, late=late)
             yield f"{bm}, found heights, gated", given, tiles
+    for bm, weights in ((184, {}), (184, {"transposed": True}), (192, {}), (192, _SILU)):
+        given = _problem(block=bm, weights=weights, zero_padding=False, **_GATHER)
+        tiles = Config("swap", bm, 256, 64, 3, lag=1)
+        tiles = with_heights(given, tiles, (8, 16, 24, 40), True, finds=True)
+        yield f"{bm}, found heights, gathered, {weights}", given, tiles
     for transposed in (False, True):
         given = _problem(block=184, weights={"transposed": transposed}, zero_padding=False)
         tiles = Config("swap", 184, 256, 64, 3, lag=1)
@@ -442,8 +447,9 @@ def weight_gradients() -> Cases:
     yield "gradient, one piece", problem(k=64, n=64), late
     yield "gradient, wide", problem(n=8192), late._replace(group=16, back=True)
     for gathered in (None, "rhs"):
-        given = problem(gathered=gathered)
+        given, tall = problem(gathered=gathered), late._replace(bm=256, bn=128)
         yield "gradient, whole steps", given, late._replace(short=False)
+        yield f"gradient, {gathered} gathered, tall", given, tall
     for gathered, out in ((None, "bfloat16"), ("lhs", "bfloat16"), (None, "float32")):
         given = problem(gathered=gathered, out=out, k=768, n=2048)
         level = late._replace(level=True, late=out == "bfloat16")
