@@ -14,6 +14,7 @@ expert parallelism 32 of 256, and an expert map that drops the pairs of the othe
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from benchmarks import case_processes, children, moe_layer, timing  # noqa: E402
 from benchmarks.fp8_matmul import calc_diff  # noqa: E402
 from benchmarks.moe_cases import LAYERS, Model, routing  # noqa: E402
-from benchmarks.rows import failed, statistics_of  # noqa: E402
+from benchmarks.rows import statistics_of  # noqa: E402
 from moe_align_jax._core.fp8 import E4M3_MAX, GROUP  # noqa: E402
 
 _SAMPLED_TOKENS = 8
@@ -196,7 +197,9 @@ def step_of(case: Case) -> tuple[Callable, tuple]:
     return step, (case.x, case.weights, [case.ids] * LAYERS, list(case.sets))
 
 
-def _ours(case: Case, program: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _ours(
+    case: Case, program: Any, options: argparse.Namespace
+) -> Iterator[dict[str, Any] | moe_layer.Wall]:
     import jax
     import jax.numpy as jnp
 
@@ -207,16 +210,18 @@ def _ours(case: Case, program: Any, options: argparse.Namespace) -> Iterator[dic
         held[0] = program(held[0], *rest)
         return held[0]
 
-    first = jax.block_until_ready(run())
-    if wrong := case.wrong(lambda layer: np.asarray(first[layer][case.sample])):
+    def wrong_now():
+        return case.wrong(lambda layer: np.asarray(held[0][layer][case.sample]))
+
+    jax.block_until_ready(run())
+    if wrong := wrong_now():
         yield {"clock": "span", "way": "donated", "status": "failed", "reason": wrong}
         return
     samples, facts = moe_layer.spans(run, options.executions)
     row = statistics_of(samples)
     yield {"clock": "span", "way": "donated"} | row | facts
     wait = lambda: jax.block_until_ready(held[0])  # noqa: E731
-    samples = timing.steady_steps(run, wait, row["us"], LAYERS)
-    yield {"clock": "wall", "way": "donated"} | statistics_of(samples)
+    yield moe_layer.Wall("donated", run, wait, row["us"], wrong_now)
 
 
 class _Theirs:
@@ -237,7 +242,7 @@ class _Theirs:
         self.calls = vllm_moe.calls(self.layer, *given)
         self.calls[0]()
 
-    def measure(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    def measure(self, options: argparse.Namespace) -> Iterator[dict[str, Any] | moe_layer.Wall]:
         import torch
 
         case, layer, outs = self.case, self.layer, self.outs
@@ -245,7 +250,11 @@ class _Theirs:
         for out in outs:
             out.fill_(float("nan"))
         graph.replay()
-        if wrong := case.wrong(lambda i: outs[i][case.rows].float().cpu().numpy()):
+
+        def wrong_now():
+            return case.wrong(lambda i: outs[i][case.rows].float().cpu().numpy())
+
+        if wrong := wrong_now():
             yield {"clock": "span", "way": "graph", "status": "failed", "reason": wrong}
             return
         [taken] = timing.time_torch_graphs([(graph, LAYERS)], replays=options.replays)
@@ -253,8 +262,7 @@ class _Theirs:
         facts = {"config": layer.config, "config_from": layer.source, "aligned": layer.aligns}
         yield {"clock": "span", "way": "graph"} | row | facts
         wait = torch.cuda.synchronize
-        samples = timing.steady_steps(graph.replay, wait, row["us"], LAYERS)
-        yield {"clock": "wall", "way": "graph"} | statistics_of(samples)
+        yield moe_layer.Wall("graph", graph.replay, wait, row["us"], wrong_now)
 
 
 def compiled(cases: Sequence[Case]) -> list[Any]:
@@ -286,20 +294,28 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
     children.wait_for_turn()
     rate = timing.read_rate()
     for case, peer, program in zip(cases, peers, programs, strict=True):
-        head = _head(case, rate)
-        measures = (
-            ("vllm", {}, peer, lambda p=peer: p.measure(options)),
-            ("fused_moe", _form(case), program, lambda c=case, p=program: _ours(c, p, options)),
+        head = _head(case, rate) | {"status": "ok"}
+        yield from moe_layer.measured_in_turns(
+            [
+                (
+                    head | {"provider": "vllm"},
+                    functools.partial(_measured, peer, lambda p=peer: p.measure(options)),
+                ),
+                (
+                    head | {"provider": "fused_moe"} | _form(case),
+                    functools.partial(
+                        _measured, program, lambda c=case, p=program: _ours(c, p, options)
+                    ),
+                ),
+            ]
         )
-        for provider, more, built, measure in measures:
-            row = head | {"provider": provider, "status": "ok"} | more
-            try:
-                if isinstance(built, BaseException):
-                    raise built
-                for found in measure():
-                    yield row | found
-            except Exception as error:  # one provider's failure leaves the other its time
-                yield row | failed(error)
+
+
+def _measured(built: Any, measure: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """What a provider yields that was built; the error that it ended with else."""
+    if isinstance(built, BaseException):
+        raise built
+    yield from measure()
 
 
 def _head(case: Case, rate: float) -> dict[str, Any]:

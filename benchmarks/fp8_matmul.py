@@ -256,7 +256,7 @@ def prepare_jax(
     inputs: Inputs, made: Any, options: argparse.Namespace, tiles: Any, pool: Executor
 ) -> Callable:
     """Compiles a program, in another thread. Returns what measures it: (what is wrong, or "", the device's
-    timing, and with `--wall` that of steady steps, else None)."""
+    timing, and with `--wall` what times steady steps, else None)."""
     call, xs, w, sampled = made
     given = [(x, w) for x in xs]
     compiling = pool.submit(lower(call, given, tiles).compile)
@@ -284,7 +284,9 @@ def prepare_jax(
         if wrong := inputs.wrong(sampled(compiled(given)[0])):
             return wrong, None, None
         taken = timing.time_jit_span(compiled, given, executions=options.executions)
-        return "", taken, steps and steady(steps.result(), taken.percentile(50))
+        if not steps:
+            return "", taken, None
+        return "", taken, functools.partial(steady, steps.result(), taken.percentile(50))
 
     return measure
 
@@ -357,7 +359,8 @@ def prepare_torch(
         if wrong := wrong_now():
             return wrong, None, None
         taken = timing.time_torch_graph(calls, replays=options.replays)
-        return "", taken, steady(taken.percentile(50)) if options.wall else None
+        us = taken and taken.percentile(50)
+        return "", taken, functools.partial(steady, us) if options.wall else None
 
     return measure
 
@@ -469,7 +472,11 @@ def _torch_bridge() -> Any:
 
 
 def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Compiles everything, waits for its turn, and gives a row for each provider."""
+    """Compiles everything, waits for its turn, and gives a row for each provider.
+
+    With `--wall` everybody's steady steps come behind all other times: they reach the GPU's power limit, and
+    it keeps its lower clock for a while.
+    """
     inputs = Inputs(size, options.calls)
     work: list[tuple[str, Any]] = []
     with ThreadPoolExecutor(4) as pool:
@@ -480,14 +487,28 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
                 work.append((provider, error))
     children.wait_for_turn()
     rate, rate_of = timing.read_rate(), functools.cache(timing.read_rate)
-    for provider, measure in work:
-        yield _row(inputs, provider, measure, rate, rate_of)
+    found = [_row(inputs, provider, measure, rate, rate_of) for provider, measure in work]
+    yield from (row for row, steady in found if not steady)
+    found = [(row, steady) for row, steady in found if steady]
+    if not found:
+        return
+    walls = timing.in_turns([steady for _, steady in found], 2, order=timing.behind_each_other)
+    for i, taken in walls:
+        row, _ = found[i]
+        if isinstance(taken, Exception):
+            yield row | {"status": "failed", "reason": reason_of(taken)}
+        else:
+            more = {"wall_us": round(taken.percentile(50), 2), "calls_of_step": taken.calls}
+            yield row | more
 
 
 def _row(
     inputs: Inputs, provider: str, measure: Any, rate: float, rate_of: Callable[[int], float]
-) -> dict[str, Any]:
-    """A row of the results; `rate`: GB/s of a long read; `rate_of(bytes)`: of one of so many."""
+) -> tuple[dict[str, Any], Any]:
+    """A row of the results, and what times steady steps, or None.
+
+    `rate`: GB/s of a long read; `rate_of(bytes)`: of one of so many.
+    """
     size = inputs.size
     row = {"case": size.name, **size._asdict(), "provider": provider, "experts_hit": inputs.hit}
     row |= {"rows_in_use": inputs.rows, "read_gbps": round(rate, 1)}
@@ -498,7 +519,7 @@ def _row(
     except Exception as error:  # one provider's failure leaves the others their time
         wrong, taken, steady = reason_of(error), None, None
     if taken is None:
-        return row | {"status": "failed", "reason": wrong}
+        return row | {"status": "failed", "reason": wrong}, None
     us = taken.percentile(50)
     moved = inputs.bytes(2 if "bfloat16" in provider else 1)
     row |= {"status": "ok", "metric": taken.metric, "us": round(us, 2)}
@@ -507,9 +528,7 @@ def _row(
     row |= {"gbps": round(moved / us / 1e3, 1), "note": taken.note}
     row |= {"of_read": round(row["gbps"] / rate, 3)}
     row |= {"same_read_us": round(moved / rate_of(moved) / 1e3, 2)}
-    if steady:
-        row |= {"wall_us": round(steady.percentile(50), 2), "calls_of_step": steady.calls}
-    return row
+    return row, steady
 
 
 def line(row: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ from benchmarks.rows import Writer, failed, statistics_of  # noqa: E402
 MODULE = "benchmarks.moe_layer"
 _TOKENS = (1, 16, 128, 1024, 8192)
 _TURNS = 2  # by the host's clock: each of three follows each other
+_COOL_S = 0.5  # behind steps at the power limit, whose clock the GPU keeps for a while
 
 
 # -- clocks --------------------------------------------------------------------------------------------
@@ -282,6 +283,8 @@ def measured_in_turns(
             yield row | failed(taken)
         else:
             yield row | statistics_of(taken.samples_us)
+    if walls:
+        time.sleep(_COOL_S)  # the next case's spans are of a card that rests between executions
 
 
 # -- a child per model ---------------------------------------------------------------------------------

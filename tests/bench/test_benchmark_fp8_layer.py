@@ -1,5 +1,6 @@
 """benchmarks.fp8_layer: what it holds results to, and vLLM's rules for e4m3 as it reads them."""
 
+import argparse
 import json
 
 import numpy as np
@@ -41,3 +42,35 @@ def test_tuned_sizes_are_those_of_e4m3_in_blocks(tmp_path):
 def test_weights_come_first_below_64_rows():
     for rows, columns, first in ((16, 128, True), (64, 128, False), (16, 32, False), (8, 64, True)):
         assert vllm_moe_e4m3.swaps({"BLOCK_SIZE_M": rows, "BLOCK_SIZE_N": columns}) == first
+
+
+def test_steady_steps_come_behind_both_spans(monkeypatch):
+    """A span right behind steps at the GPU's power limit is too long."""
+    told = []
+
+    class Peer:
+        def measure(self, options):
+            yield from steps("vllm")
+
+    def steps(name):
+        told.append(f"span {name}")
+        yield {"clock": "span", "us": 50.0}
+        run = lambda: told.append(f"wall {name}")  # noqa: E731
+        yield fp8_layer.moe_layer.Wall("graph", run, lambda: None, 1e6, lambda: "")
+
+    monkeypatch.setattr(fp8_layer, "_Theirs", lambda *_: Peer())
+    monkeypatch.setattr(fp8_layer, "_ours", lambda *_: steps("ours"))
+    monkeypatch.setattr(fp8_layer, "compiled", lambda cases: [None for _ in cases])
+    monkeypatch.setattr(fp8_layer.children, "wait_for_turn", lambda: None)
+    monkeypatch.setattr(fp8_layer.timing, "read_rate", lambda: 4.0)
+    monkeypatch.setattr(fp8_layer.moe_layer, "_COOL_S", 0.0)
+    options = argparse.Namespace(tokens=[3], peers="", executions=1, replays=1)
+    rows = list(fp8_layer.run_case(SIZE, options))
+    assert told[:2] == ["span vllm", "span ours"] and "wall vllm" in told and "wall ours" in told
+    found = [(row["provider"], row["clock"], row["status"]) for row in rows]
+    assert found[:2] == [("vllm", "span", "ok"), ("fused_moe", "span", "ok")]
+    assert sorted(found[2:]) == [("fused_moe", "wall", "ok"), ("vllm", "wall", "ok")]
+    monkeypatch.setattr(fp8_layer, "compiled", lambda cases: [ValueError("no") for _ in cases])
+    rows = list(fp8_layer.run_case(SIZE, options))
+    assert [row["status"] for row in rows if row["provider"] == "fused_moe"] == ["failed"]
+    assert {row["clock"] for row in rows if row["provider"] == "vllm"} == {"span", "wall"}

@@ -110,11 +110,43 @@ def test_steady_steps_make_their_calls_one_after_the_other(size, monkeypatch):
             bench.prepare_torch(inputs, of_torch, bench._torch_bridge(), options, pool),
         ]
     for measure in measures:
-        answer = measure()
-        assert answer == ("", taken, timing.Timing("wall_us", [7.0], 4))
-        row = bench._row(inputs, "e4m3", lambda answer=answer: answer, 4.0, lambda size: 2.0)
-        assert row["wall_us"] == 7.0 and "wall 7.0 us" in bench.line(row)
+        wrong, found, steady = measure()
+        assert (wrong, found) == ("", taken)
+        assert steady() == timing.Timing("wall_us", [7.0], 4)
     assert given == [(50.0, 4)] * 2 and len(captured) == 4
+
+
+def test_steady_steps_come_behind_all_other_times(monkeypatch):
+    """They reach the power limit, whose clock the GPU keeps: a span right behind them was too long."""
+    told = []
+
+    def provider(name, error=None):
+        def measure():
+            told.append(f"span {name}")
+            return "", timing.Timing("graph_us", [50.0]), steady
+
+        def steady():
+            told.append(f"wall {name}")
+            if error:
+                raise error
+            return timing.Timing("wall_us", [60.0], 4)
+
+        return lambda inputs, pool: measure
+
+    def plain(inputs, pool):
+        return lambda: ("", timing.Timing("span_us", [40.0]), None)
+
+    providers = {"a": provider("a"), "b": provider("b", ValueError("later: no")), "c": plain}
+    monkeypatch.setattr(bench, "providers", lambda *_: providers)
+    monkeypatch.setattr(bench.children, "wait_for_turn", lambda: None)
+    monkeypatch.setattr(timing, "read_rate", lambda *_: 4.0)
+    rows = {r["provider"]: r for r in bench.run_case(SMALL, argparse.Namespace(calls=2))}
+    assert told == ["span a", "span b", "wall a", "wall b", "wall a"]
+    assert rows["a"]["wall_us"] == 60.0 and "wall 60.0 us" in bench.line(rows["a"])
+    assert rows["b"]["status"] == "failed" and "later: no" in rows["b"]["reason"]
+    assert rows["c"]["us"] == 40.0 and "wall_us" not in rows["c"]
+    providers.pop("a"), providers.pop("b")
+    assert [r["provider"] for r in bench.run_case(SMALL, argparse.Namespace(calls=2))] == ["c"]
 
 
 def test_full_groups_have_exactly_all_rows():
@@ -131,11 +163,11 @@ def test_a_row_says_how_long_its_bytes_are_read():
         return 2.0
 
     measure = lambda: ("", timing.Timing("graph_us", [50.0]), None)  # noqa: E731
-    row = bench._row(inputs, "ours, bfloat16", measure, 4.0, rate_of)
+    row, _ = bench._row(inputs, "ours, bfloat16", measure, 4.0, rate_of)
     assert asked == [inputs.bytes(2)] and row["same_read_us"] == round(inputs.bytes(2) / 2e3, 2)
     share = inputs.bytes(2) / 2e3 / 50
     assert f"{row['of_read']:.1%} of a read, {share:.1%} of one of its" in bench.line(row)
-    failed = bench._row(inputs, "torch_bridge", ValueError("no"), 4.0, rate_of)
+    failed, _ = bench._row(inputs, "torch_bridge", ValueError("no"), 4.0, rate_of)
     assert "failed: " in bench.line(failed) and len(asked) == 1
 
 
