@@ -75,7 +75,8 @@ class Config(NamedTuple):
             are zeroed. Of e4m3.
         turned: of masked e4m3 tiles of 128 x 192 in clusters that share weights, found: a group's rows are
             cut into pairs of such tiles, 256 rows, and into tiles of 192 rows x 128 columns, two of which
-            share rows, so that no more than 63 rows are too many (found_turned.py).
+            share rows, so that no more than 63 rows are too many (found_turned.py). All of a group's tiles
+            are done together, whatever `group` says.
     """
 
     form: str
@@ -350,7 +351,8 @@ def tests_rows(problem: MatmulProblem) -> bool:
 def unshared(tiles: Config) -> Config:
     """The same tiles, each of one CTA, which shares nothing."""
     # Without a cluster `early` lost: 1827 us for 1501.
-    tiles = tiles._replace(sharing=0, shared="x", early=tiles.early and tiles.sharing < 2)
+    early = tiles.early and tiles.sharing < 2
+    tiles = tiles._replace(sharing=0, shared="x", early=early, turned=False)
     return tiles._replace(split=1, num_ctas=NUM_SMS) if tiles.split > 1 else tiles
 
 

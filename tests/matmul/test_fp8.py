@@ -360,6 +360,11 @@ def test_select_names_the_kernel_and_why_not():
 GATED = Weights(transposed=True, activation="silu", gated=True)
 
 
+TWO_SHAPES = "128x192x128s4m-g8-skips-c2w-ahead-finds-paired-experts-turned"
+ONE_SHAPE = "128x192x128s4m-g0-skips-c2w-ahead-finds-paired"
+OF_COLUMNS = Scales("column_major", "blocks", pitch=4096)
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "form"),
     [
@@ -427,6 +432,23 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             "128x192x128s4m-g0-skips-c2w-ahead-paired",
         ),
         ("masked", {"expected_rows": 192, "k": 1024}, "128x192x128s4m-g0-skips-c2w-ahead-finds"),
+        ("masked", {"expected_rows": 192, "scales": OF_COLUMNS}, TWO_SHAPES),
+        ("masked", {"expected_rows": 128, "scales": OF_COLUMNS, "num_experts": 24}, TWO_SHAPES),
+        ("masked", {"expected_rows": 224, "scales": OF_COLUMNS, "n": 6144}, TWO_SHAPES),
+        ("masked", {"expected_rows": 225, "scales": OF_COLUMNS}, ONE_SHAPE),
+        ("masked", {"expected_rows": 192, "scales": OF_COLUMNS, "num_experts": 23}, ONE_SHAPE),
+        ("masked", {"expected_rows": 192, "scales": OF_COLUMNS, "n": 4224}, ONE_SHAPE),
+        ("masked", {"scales": OF_COLUMNS, "max_rows": 1536}, ONE_SHAPE),  # 192 rows, not told
+        (
+            "masked",
+            {"expected_rows": 192, "scales": OF_COLUMNS, "k": 1024},
+            "128x192x128s4m-g0-skips-c2w-ahead-finds",
+        ),
+        (
+            "masked",
+            {"expected_rows": 127, "scales": OF_COLUMNS},
+            "128x192x128s4m-g8-skips-ahead-finds-trims",
+        ),
         (
             "blocks",
             {
