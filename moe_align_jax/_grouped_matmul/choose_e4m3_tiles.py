@@ -35,17 +35,15 @@ _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 # and a shorter K were not timed, and have other tiles. Fewer than 8 groups: by rule, not measured.
 _LEAST_MEAN_OF_SWAPPED, _MOST_MEAN_OF_SWAPPED, _LEAST_K_OF_SWAPPED = 22, {8: 100, 32: 60}, 2048
 _TALL_MEAN = 512
-# Masked, the time of tiles of two shapes over that of the tiles before, by span and (wall clock), of two or
-# three draws of rows, 0.7 to 1.3 times the mean (H200, 2026-11-30).
-#   32 groups, 192 rows, 7168 -> 6144: 0.984, 0.946, 0.946 (0.980, 0.931, 0.925)
-#   3072 -> 7168: 0.963, 0.935, 0.933 (0.977, 0.930, 0.920)
-#   4096 -> 4096: 0.988, 0.983, 0.983 (0.973, 0.975, 1.027)
-#   2048 -> 4096: 0.989, 0.985, 0.983 (0.972, 0.973, 0.978)
-#   7168 -> 6144, 128 rows: 0.826, 0.863; 144 rows: 0.819, 0.864; 160 rows: 0.850, 0.835, 0.813
-#   224 rows: 0.980, 0.939, 0.919 (0.984, 0.962, 0.951); 24 groups, 192 rows: 0.973, 0.933 (0.998, 0.945)
-# Elsewhere they lost, by wall clock at least: 240 rows 0.957, 0.963 (1.020, 1.043), 256 rows 0.978, 0.977
-# (1.054, 1.067), 320 rows 0.960, 0.966 (1.011, 1.034), 16 groups of 192 rows 1.024, 0.956 (1.078, 0.972), 8
-# groups 1.062, 1.026, 6 groups of 1024 rows 1.058, 0.992, 1.003.
+# Masked, the time of tiles of two shapes over that of the tiles before, by span, of two or three draws of
+# rows, 0.7 to 1.3 times the mean (H200, 2026-11-30).
+#   32 groups, 192 rows: 7168 -> 6144 0.984, 0.946, 0.946; 3072 -> 7168 0.963, 0.935, 0.933; 4096 -> 4096
+#   0.988, 0.983, 0.983; 2048 -> 4096 0.989, 0.985, 0.983
+#   7168 -> 6144: 128 rows 0.826, 0.863; 144 rows 0.819, 0.864; 160 rows 0.850, 0.835, 0.813; 224 rows 0.980,
+#   0.939, 0.919; 24 groups of 192 rows 0.973, 0.933
+# Not where they lost, or may lose by wall clock: 240 rows 0.957, 0.963; 256 rows 0.978, 0.977; 320 rows
+# 0.960, 0.966; 16 groups of 192 rows 1.024, 0.956; 8 groups 1.062, 1.026; 6 groups of 1024 rows 1.058,
+# 0.992, 1.003.
 _TURNED_GROUPS, _TURNED_MEANS = range(24, 33), range(128, 225)
 
 
