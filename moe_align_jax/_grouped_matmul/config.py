@@ -75,8 +75,8 @@ class Config(NamedTuple):
             are zeroed. Of e4m3.
         turned: of masked e4m3 tiles of 128 x 192 in clusters that share weights, found: a group's rows are
             cut into pairs of such tiles, 256 rows, and into tiles of 192 rows x 128 columns, two of which
-            share rows, so that no more than 63 rows are too many (found_turned.py). All of a group's tiles
-            are done together, whatever `group` says.
+            share rows, so that as a rule fewer than 64 rows are too many (found_turned.py). All of a group's
+            tiles are done together, whatever `group` says.
     """
 
     form: str
