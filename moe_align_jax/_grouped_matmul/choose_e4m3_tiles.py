@@ -2,7 +2,7 @@
 
 from moe_align_jax._core.fp8 import GROUP
 from moe_align_jax._core.hopper import NUM_SMS
-from moe_align_jax._grouped_matmul.config import Config, may_be_late, no_skips, no_swap
+from moe_align_jax._grouped_matmul.config import Config, may_be_late, no_skips, no_swap, refused
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
 from moe_align_jax._grouped_matmul.tile_rules import Rules, group_of, mean_rows, shared
 
@@ -35,6 +35,16 @@ _NARROW_ROWS = 32  # of which two CTAs fit into an SM's shared memory
 # and a shorter K were not timed, and have other tiles. Fewer than 8 groups: by rule, not measured.
 _LEAST_MEAN_OF_SWAPPED, _MOST_MEAN_OF_SWAPPED, _LEAST_K_OF_SWAPPED = 22, {8: 100, 32: 60}, 2048
 _TALL_MEAN = 512
+# Masked, the time of tiles of two shapes over that of the tiles before, by span, of two or three draws of
+# rows, 0.7 to 1.3 times the mean (H200, 2026-11-30).
+#   32 groups, 192 rows: 7168 -> 6144 0.984, 0.946, 0.946; 3072 -> 7168 0.963, 0.935, 0.933; 4096 -> 4096
+#   0.988, 0.983, 0.983; 2048 -> 4096 0.989, 0.985, 0.983
+#   7168 -> 6144: 128 rows 0.826, 0.863; 144 rows 0.819, 0.864; 160 rows 0.850, 0.835, 0.813; 224 rows 0.980,
+#   0.939, 0.919; 24 groups of 192 rows 0.973, 0.933
+# Not where they lost, or may lose by wall clock: 240 rows 0.957, 0.963; 256 rows 0.978, 0.977; 320 rows
+# 0.960, 0.966; 16 groups of 192 rows 1.024, 0.956; 8 groups 1.062, 1.026; 6 groups of 1024 rows 1.058,
+# 0.992, 1.003.
+_TURNED_GROUPS, _TURNED_MEANS = range(24, 33), range(128, 225)
 
 
 def choose(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
@@ -76,6 +86,8 @@ def _usual(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
         tall = tall._replace(sharing=2, ahead=True, early=True, peeled=True)
         return tall._replace(by_expert=True)  # where they are found
     tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=masked)
+    if masked and paired and (turned := _turned(problem, tiles)):
+        return turned
     # Two tiles of an expert next to each other: as a rule.
     if mean_rows(problem) > (bm if masked else 2 * bm):
         return tiles._replace(group=0, sharing=2, shared="w", early=not masked, paired=paired)
@@ -91,6 +103,14 @@ def _usual(problem: MatmulProblem, rules: Rules, bm: int) -> Config:
     if problem.rows == "blocks" and not no_skips(problem, skipping):
         return skipping
     return tiles
+
+
+def _turned(problem: MatmulProblem, tiles: Config) -> Config | None:
+    """Tiles of two shapes, where they were faster."""
+    if problem.num_experts not in _TURNED_GROUPS or problem.expected_rows not in _TURNED_MEANS:
+        return None
+    tiles = tiles._replace(sharing=2, shared="w", paired=True, finds=True, by_expert=True)
+    return None if refused(problem, tiles._replace(turned=True)) else tiles._replace(turned=True)
 
 
 def _swapped_rows(problem: MatmulProblem) -> int:

@@ -160,8 +160,30 @@ class ComputeLoop:
             held = tile.pairs - before
             return lax.cond(held >= rows, store_held, lambda: store_held(held))
 
+        if self.config.turned:
+            self._store_either(tile, self.finish(sums, tile, at, plain), at)
+            return ring + steps
         pl.when(tile.there)(store_tile) if self.config.shares_weights else store_tile()
         return ring + steps
+
+    def _store_either(
+        self, tile: Tile, pieces: Sequence[jax.Array], at: tuple[jax.Array, ...]
+    ) -> None:
+        """Stores the three pieces of a tile, or of a turned one, whose last one has other rows; none of rows
+        that are not in use, which may be another tile's."""
+        each, bm, turned = self.shape.wm, self.config.bm, tile.turned
+        row, column, end = at
+        column = jnp.where(turned, tile.n * bm, column)
+        last_row = jnp.where(turned, tile.row + 2 * each, row)
+        # `Store` adds the columns of the pieces before.
+        last_column = column + jnp.where(turned, (self.warpgroup - 2) * each, 0)
+
+        @pl.when(tile.there & (turned | (row < tile.used)))
+        def _():
+            for q, piece in enumerate(pieces):
+                last = q == len(pieces) - 1
+                where = (last_row, last_column, end) if last else (row, column, end)
+                self.store(q, piece, where)
 
     def _together(self, i: jax.Array, ring: jax.Array) -> jax.Array:
         """The same of a tile that the CTAs of a cluster share: the first one stores it."""

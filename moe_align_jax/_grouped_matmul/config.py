@@ -15,6 +15,7 @@ MAX_GROUPS = 4096  # that the list of tiles is made of
 MAX_BLOCKS = 2048  # that are cut into tiles of several heights: four for each thread that does it
 _MOST_FOUND_GROUPS = 256  # of which each lane of a warp has up to eight
 _MOST_LAG_OF_FOUND = 2  # tiles of one step each that are told ahead: see `found_cut.SLOTS`
+WARP_GROUPS = 32  # of which each lane of a warp has one
 E4M3_COLUMNS = 64  # of e4m3 weights that are scaled together: a piece of a tile has one scale
 
 
@@ -72,6 +73,10 @@ class Config(NamedTuple):
             (`tile_order.dealt`), where n tiles divide the CTAs; else they take turns with the others.
         peeled: the first turn of the loop over k stands ahead of it: sums begin as products, and no registers
             are zeroed. Of e4m3.
+        turned: of masked e4m3 tiles of 128 x 192 in clusters that share weights, found: a group's rows are
+            cut into pairs of such tiles, 256 rows, and into tiles of 192 rows x 128 columns, two of which
+            share rows, so that as a rule fewer than 64 rows are too many (found_turned.py). All of a group's
+            tiles are done together, whatever `group` says.
     """
 
     form: str
@@ -100,6 +105,7 @@ class Config(NamedTuple):
     mixes: bool = False
     deals: bool = False
     peeled: bool = False
+    turned: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -130,6 +136,7 @@ class Config(NamedTuple):
         more += "-trims" if self.trims else ""
         more += ("-deals" if self.deals else "-mixes") if self.mixes else ""
         more += "-peeled" if self.peeled else ""
+        more += "-turned" if self.turned else ""
         usual = self.num_ctas == NUM_SMS or self.num_ctas < NUM_SMS and self.split > 1
         more += "" if usual else f"-{self.num_ctas}"
         return f"{self.bm}x{self.bn}x{self.bk}s{self.stages}{self.form}-g{self.group}{more}"
@@ -172,6 +179,8 @@ def refused(problem: MatmulProblem, tiles: Config) -> str | None:
     if tiles.heights and (reason := _no_heights(problem, tiles)):
         return reason
     if tiles.trims and not tiles.heights and (reason := _no_trims(problem, tiles)):
+        return reason
+    if tiles.turned and (reason := _no_turns(problem, tiles)):
         return reason
     if tiles.mixes and not (tiles.cuts and problem.rows == "blocks"):
         return "of blocks whose tiles find themselves alone a part is mixed with the others"
@@ -285,6 +294,28 @@ def _no_trims(problem: MatmulProblem, tiles: Config) -> str | None:
     return None
 
 
+def _no_turns(problem: MatmulProblem, tiles: Config) -> str | None:
+    """Why no tiles can be turned, or None."""
+    scales, weights = problem.scales, problem.weights
+    if problem.rows != "masked" or problem.num_experts > WARP_GROUPS:
+        return f"tiles are turned of the masked layout, of at most {WARP_GROUPS} groups"
+    if problem.max_rows % 128 or problem.max_rows < 384:
+        return "tiles are turned of groups that have whole tiles, and room for two turned ones"
+    if not scales or scales.x != "column_major" or scales.w != "blocks" or scales.packed:
+        return "turned tiles have float32 scales, of x by columns"
+    if scales.pitch < problem.max_rows or scales.pitch % 4:
+        return "turned tiles have scales that TMA loads"
+    if not weights.transposed or problem.n % 256 or problem.n < 256:
+        return "turned tiles come by twos, of 128 rows of the weights"
+    if weights.gated or weights.activation or weights.bias or problem.row_weights:
+        return "turned tiles are stored as they are"
+    found = tiles.shares_weights and tiles.finds and tiles.ahead and tiles.by_expert
+    usual = (tiles.form, tiles.bm, tiles.bn, tiles.computing) == ("m", 128, 192, 2)
+    if not (found and usual and tiles.skips) or tiles.early or tiles.peeled or tiles.trims:
+        return "tiles of 128 x 192 are turned, in clusters that share weights, and found by units"
+    return None
+
+
 def piece_rows(bm: int) -> int:
     """Rows of a swapped tile that are stored at a time: half of many, which leaves room for a stage."""
     return bm // 2 if bm > 96 and bm % 16 == 0 else bm
@@ -320,7 +351,8 @@ def tests_rows(problem: MatmulProblem) -> bool:
 def unshared(tiles: Config) -> Config:
     """The same tiles, each of one CTA, which shares nothing."""
     # Without a cluster `early` lost: 1827 us for 1501.
-    tiles = tiles._replace(sharing=0, shared="x", early=tiles.early and tiles.sharing < 2)
+    early = tiles.early and tiles.sharing < 2
+    tiles = tiles._replace(sharing=0, shared="x", early=early, turned=False)
     return tiles._replace(split=1, num_ctas=NUM_SMS) if tiles.split > 1 else tiles
 
 

@@ -18,6 +18,7 @@ from moe_align_jax._grouped_matmul import (
     found_cut,
     found_groups,
     found_masked,
+    found_turned,
     inline_rows,
     tile_order,
 )
@@ -45,6 +46,7 @@ class Tile(NamedTuple):
         busy: whether either of the two multiplies; both pass stages on then.
         together: whether they use the same weights.
         holds: of blocks, with `Config.skips`: whether the second warpgroup's rows hold a pair.
+        turned: of `Config.turned`: whether it has bn rows, and bm columns.
     """
 
     valid: jax.Array
@@ -60,6 +62,7 @@ class Tile(NamedTuple):
     busy: Any = None
     together: Any = None
     holds: Any = None
+    turned: Any = None
 
 
 class CtaTiles:
@@ -111,7 +114,8 @@ class CtaTiles:
         if self.by_unit:
             at = found_masked.unit_in_turn(i, self.cta, self.clusters)
             unit = self._found_unit(at)
-            tile = tile_of_unit(self.problem, self.config, self.shape, unit, self.rank)
+            of_unit = turned_tile_of_unit if self.config.turned else tile_of_unit
+            tile = of_unit(self.problem, self.config, self.shape, unit, self.rank)
             return tile, _I32(self.shape.k_steps)
         at, n = self._place(i)
         if self.config.shares_weights:
@@ -193,7 +197,7 @@ class CtaTiles:
         `scales(slot)` copies those of its weights, which `hear` finds there, too.
         """
         flags = _I32(0)
-        for place, flag in enumerate((tile.valid, tile.there, tile.busy, tile.holds)):
+        for place, flag in enumerate((tile.valid, tile.there, tile.busy, tile.holds, tile.turned)):
             if flag is not None:
                 flags = flags | (flag.astype(_I32) << place)
         words = [tile.row, tile.end, tile.n, tile.used, tile.expert, flags]
@@ -208,10 +212,12 @@ class CtaTiles:
         """What `tell` told of the i-th tile, and its steps. It stays there until `told.done`."""
         words = self.refs.told.hear(i, 6 + self.shape.tests_rows, keep=True)
         row, end, n, used, expert, flags, *held = words
-        valid, there, busy, holds = ((flags & (1 << k)) != 0 for k in range(4))
+        valid, there, busy, holds, turned = ((flags & (1 << k)) != 0 for k in range(5))
         tile = Tile(valid, expert, row, end, n, used, *held)
         if self.config.shares_weights:
             tile = tile._replace(there=there, busy=busy)
+        if self.config.turned:
+            tile = tile._replace(turned=turned)
         if self.config.skips and self.problem.rows == "blocks":
             tile = tile._replace(holds=holds)
         return tile, self._steps_if(busy if self.config.shares_weights else valid)
@@ -250,6 +256,8 @@ class CtaTiles:
     def _found_unit(self, at: jax.Array) -> Sequence[Any]:
         """What `found_masked.unit_of` says of a unit of the masked layout."""
         find = found_masked.find_unit_plainly if self.interpret else found_masked.find_unit
+        if self.config.turned:
+            find = found_turned.find_plainly if self.interpret else found_turned.find
         masked_m = self.refs.masked_m
         return find(self.problem, self.config, self.shape.n_tiles, masked_m, at)
 
@@ -322,3 +330,22 @@ def tile_of_unit(
     n = jnp.minimum(n, shape.n_tiles - 1)
     more = {"there": there, "busy": true, "together": jnp.logical_not(apart)}
     return Tile(there, expert, row, end, n, used, **more)
+
+
+def turned_tile_of_unit(
+    problem: MatmulProblem, config: Config, shape: Shape, unit: Sequence[Any], rank: jax.Array
+) -> Tile:
+    """The same of `Config.turned`. Where two clusters divide a pair, the second warpgroup's rows are another
+    tile's."""
+    expert, row, used, n, kind, _ = unit
+    turned, alone = kind == found_turned.IS_TURNED, kind == found_turned.IS_ALONE
+    half = kind == found_turned.IS_HALF
+    by_columns = turned | alone
+    row = row + rank * jnp.where(by_columns, 0, jnp.where(half, config.bm // 2, config.bm))
+    n = jnp.where(turned, 2 * n, n) + jnp.where(by_columns, rank, 0)
+    used = jnp.where(half, jnp.minimum(used, row + config.bm // 2), used)
+    there = turned | (n < shape.n_tiles)
+    n = jnp.where(turned, n, jnp.minimum(n, shape.n_tiles - 1))
+    more = {"there": there, "busy": jnp.bool_(True), "together": jnp.logical_not(by_columns)}
+    end = (expert + 1) * problem.max_rows
+    return Tile(there, expert, row, end, n, used, **more, turned=turned)

@@ -93,6 +93,8 @@ class Loader:
         self, refs: Any, tile: Any, found: Found, slot: jax.Array, k: jax.Array, barrier: Any
     ) -> None:
         """Step k of a tile into a stage."""
+        if self.config.turned:
+            return self._load_either(refs, tile, slot, k, barrier)
         self.load_weights(refs, tile, slot, k, barrier)
         for part in range(self.shape.k_parts):
             step = k * self.shape.k_parts + part
@@ -124,6 +126,36 @@ class Loader:
                 self._weights_by_matrix(refs, tile, slot, k, *piece)
             else:
                 self._weights(refs, tile, slot, k, barrier, *piece)
+
+    # -- tiles of two shapes
+
+    def _load_either(
+        self, refs: Any, tile: Any, slot: jax.Array, k: jax.Array, barrier: Any
+    ) -> None:
+        """Step k of a tile of bm x bn, or of a turned one: its weights, bm rows, lie where the others have x,
+        and its bn rows of x, which the cluster shares, where the others have weights."""
+        config, most = self.config, _I32(self.problem.max_rows)
+        row = tile.row - tile.expert * most
+
+        def ask(turned: bool, shared: bool) -> None:
+            ks, ns = pl.ds(k * config.bk, config.bk), config.bm if turned else config.bn
+            rows = config.bn if turned else config.bm
+            first = pl.multiple_of(row, 8) if turned else row  # for TMA's tiles of 8 rows
+            x = refs.x.at[tile.expert, pl.ds(first, rows), ks]
+            w = refs.weights[0].at[tile.expert, pl.ds(tile.n * ns, ns), ks]
+            both, own = (x, w) if turned else (w, x)
+            axes = AXIS if shared and not self.interpret else None
+            target = refs.w_tiles.at[slot, 0]
+            plgpu.copy_gmem_to_smem(both, target, barrier, collective_axes=axes)
+            plgpu.copy_gmem_to_smem(own, refs.x_rows.at[slot, 0], barrier)
+            scales = refs.x_scales.at[tile.expert, k, pl.ds(row, rows)]
+            target = refs.scale_rows.at[slot, pl.ds(0, rows)]
+            plgpu.copy_gmem_to_smem(scales, target, barrier)
+
+        def ask_usual() -> None:
+            lax.cond(tile.together, lambda: ask(False, True), lambda: ask(False, False))
+
+        lax.cond(tile.turned, lambda: ask(True, True), ask_usual)
 
     # -- x
 

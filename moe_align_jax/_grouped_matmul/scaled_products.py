@@ -28,7 +28,8 @@ _LEAST_ROWS = 32  # of a stage's scales: TMA writes to multiples of 128 bytes
 def x_scales_memory(problem: MatmulProblem, config: Config) -> Any:
     """Scales of a tile's rows for each stage, in shared memory."""
     assert problem.scales
-    rows = -(-config.bm // _LEAST_ROWS) * _LEAST_ROWS
+    most = config.bn if config.turned else config.bm
+    rows = -(-most // _LEAST_ROWS) * _LEAST_ROWS
     return plgpu.SMEM((config.stages, rows), _I32 if problem.scales.packed else _F32)
 
 
@@ -89,7 +90,11 @@ class ScaledProducts:
         """
         if self.scales.w == "tensor":  # one for all steps
             scales_at = None
-        return _TileProducts(self, tile, warpgroup, ring, between, scales_at, before).sums()
+        given = self, tile, warpgroup, ring, between, scales_at, before
+        if self.config.turned:
+            turned = _TurnedProducts(*given)
+            return list(lax.cond(tile.turned, turned.sums, _TileProducts(*given).sums))
+        return _TileProducts(*given).sums()
 
     def leave(self, slot: jax.Array) -> None:
         """This warpgroup has read a stage: it can be loaded again.
@@ -159,10 +164,13 @@ class ScaledProducts:
 
     def of_rows(self, warpgroup: jax.Array, slot: jax.Array, k: jax.Array) -> jax.Array:
         """float32 of this warpgroup's rows of x."""
-        first: Any = 0
-        count = self.config.bm
         if self.config.form == "m":
-            first, count = warpgroup * self.shape.wm, self.shape.wm
+            wm = self.shape.wm
+            return self.of_some_rows(slot, k, warpgroup * wm, wm)
+        return self.of_some_rows(slot, k, 0, self.config.bm)
+
+    def of_some_rows(self, slot: jax.Array, k: jax.Array, first: Any, count: int) -> jax.Array:
+        """float32 of so many rows of x, from one on."""
         ref = self.refs.scale_rows.at[slot, pl.ds(first, count)]
         if self.interpret:
             scales = ref[...]
@@ -218,6 +226,7 @@ class ScaledProducts:
             column = column + warpgroup * (self.shape.columns // self.config.computing)
         found = []
         for i in range(2 if self.gated else self.beside):
+            # Of a turned tile there is one block of columns.
             ref = refs.w_scales[i if weights.pair else 0]
             first = column
             if not self.gated:
@@ -226,6 +235,8 @@ class ScaledProducts:
                 first = 2 * column
             elif i and not weights.pair:
                 first = column + problem.n
+            if self.config.turned:
+                first = jnp.where(tile.turned, tile.n * self.config.bm, first)
             # A tile may have columns that there are none of.
             block = jnp.minimum(lax.div(first, _I32(GROUP)), ref.shape[1] - 1)
             found.append((ref, expert, block))
@@ -359,6 +370,10 @@ class _TileProducts:
                 found[i] = products.add(found[i], piece, of_x, scale)
         return tuple(found), coming
 
+    def _of_rows(self, slot: jax.Array, k: jax.Array) -> Any:
+        """The scales of the rows of x in step k."""
+        return self.products.of_rows(self.warpgroup, slot, self.before + k)
+
     def _beside_product(
         self, k: jax.Array, slot: jax.Array, following: jax.Array, more: Any
     ) -> tuple[Any, Any]:
@@ -367,7 +382,7 @@ class _TileProducts:
         self.between(k)
         of_x = None
         if self.of_all is None:
-            of_x = self.products.of_rows(self.warpgroup, slot, self.before + k)
+            of_x = self._of_rows(slot, k)
         last = self.steps - 1
         of_w = self._of_weights(k if self.in_step else jnp.minimum(k + 1, last))
         if self.config.early:
@@ -397,3 +412,54 @@ class _TileProducts:
         plgpu.barrier_wait(self.refs.full.at[slot])
         self.between(k)
         self.products.leave(slot)
+
+
+class _TurnedProducts(_TileProducts):
+    """The same of a turned tile: 192 rows of x, which lie where other tiles have weights, by 128 columns.
+
+    A warpgroup multiplies 64 rows with all columns, and of the last 64 rows half of the columns: three sums
+    of 64 x 64, as many as of another tile. Both products run at once.
+    """
+
+    def sums(self) -> list[jax.Array]:
+        """Those of all steps."""
+        turns = _I32(self.steps // self.of_turn)
+        return list(lax.fori_loop(0, turns, self.turn, self._begin(self._zeros()))[0])
+
+    def _operands(self, slot: jax.Array) -> list[tuple[Any, Any]]:
+        """wgmma's two of each product."""
+        each = self.products.shape.wm
+        own, last = pl.ds(self.warpgroup * each, each), pl.ds(2 * each, each)
+        x_own, x_last = (self.refs.w_tiles.at[slot, 0, rows] for rows in (own, last))
+        w, w_own = (self.refs.x_tiles.at[slot, 0, rows] for rows in (slice(None), own))
+        return [(x_own, w.transpose((1, 0))), (x_last, w_own.transpose((1, 0)))]
+
+    def _of_rows(self, slot: jax.Array, k: jax.Array) -> Any:
+        """The scales of the rows of both products."""
+        each, k = self.products.shape.wm, self.before + k
+        own = self.products.of_some_rows(slot, k, self.warpgroup * each, each)
+        return own, self.products.of_some_rows(slot, k, 2 * each, each)
+
+    def _step(
+        self, k: jax.Array, sums: Any, of_w: Any, slot: jax.Array, following: jax.Array, more: Any
+    ) -> tuple[Any, Any]:
+        """As that of other tiles."""
+        each = self.products.shape.wm
+        plgpu.barrier_wait(self.refs.full.at[slot])
+
+        def scope(*partial):
+            for sum_, operands in zip(partial, self._operands(slot), strict=True):
+                plgpu.wgmma(sum_, *operands)
+            scales = self._beside_product(k, slot, following, more)
+            return [product[...] for product in partial], scales
+
+        kind: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+        likes = [kind((each, columns), _F32) for columns in (2 * each, each)]
+        (first, second), (of_x, of_w) = pl.run_scoped(scope, *likes)
+        self.products.leave(slot)
+        parts = (first[:, :each], of_x[0]), (first[:, each:], of_x[0]), (second, of_x[1])
+        found = [
+            self.products.add(total, part, scale, of_w[0])
+            for total, (part, scale) in zip(sums, parts, strict=True)
+        ]
+        return tuple(found), ()

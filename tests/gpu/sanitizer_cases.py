@@ -348,6 +348,7 @@ E4M3 = (
     "masked 500, columns, 128x192x128s4m-g2-skips-c2w-early-finds-experts",
     "masked 500, packed, 192x128x128s4m-g2-w3-skips-c2-early-finds-experts-peeled",
     "masked 512, columns, 128x192x128s4m-g4-skips-ahead-finds-trims",
+    "masked 512, of two shapes, 128x192x128s4m-g8-skips-c2w-ahead-finds-paired",
     "masked 200, columns, 80x128x128s6swap-g0-early-finds",
     "masked 200, columns, 128x128x128s5swap-g0-early-finds",
 )

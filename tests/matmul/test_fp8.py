@@ -360,6 +360,11 @@ def test_select_names_the_kernel_and_why_not():
 GATED = Weights(transposed=True, activation="silu", gated=True)
 
 
+TWO_SHAPES = "128x192x128s4m-g8-skips-c2w-ahead-finds-paired-experts-turned"
+ONE_SHAPE = "128x192x128s4m-g0-skips-c2w-ahead-finds-paired"
+OF_COLUMNS = Scales("column_major", "blocks", pitch=4096)
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "form"),
     [
@@ -427,6 +432,23 @@ GATED = Weights(transposed=True, activation="silu", gated=True)
             "128x192x128s4m-g0-skips-c2w-ahead-paired",
         ),
         ("masked", {"expected_rows": 192, "k": 1024}, "128x192x128s4m-g0-skips-c2w-ahead-finds"),
+        ("masked", {"expected_rows": 192, "scales": OF_COLUMNS}, TWO_SHAPES),
+        ("masked", {"expected_rows": 128, "scales": OF_COLUMNS, "num_experts": 24}, TWO_SHAPES),
+        ("masked", {"expected_rows": 224, "scales": OF_COLUMNS, "n": 6144}, TWO_SHAPES),
+        ("masked", {"expected_rows": 225, "scales": OF_COLUMNS}, ONE_SHAPE),
+        ("masked", {"expected_rows": 192, "scales": OF_COLUMNS, "num_experts": 23}, ONE_SHAPE),
+        ("masked", {"expected_rows": 192, "scales": OF_COLUMNS, "n": 4224}, ONE_SHAPE),
+        ("masked", {"scales": OF_COLUMNS, "max_rows": 1536}, ONE_SHAPE),  # 192 rows, not told
+        (
+            "masked",
+            {"expected_rows": 192, "scales": OF_COLUMNS, "k": 1024},
+            "128x192x128s4m-g0-skips-c2w-ahead-finds",
+        ),
+        (
+            "masked",
+            {"expected_rows": 127, "scales": OF_COLUMNS},
+            "128x192x128s4m-g8-skips-ahead-finds-trims",
+        ),
         (
             "blocks",
             {
@@ -684,6 +706,28 @@ def test_swapped_masked_tiles_of_many_rows(bm, monkeypatch):
         assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
 
 
+TURNED = BESIDE._replace(skips=True, finds=True, group=8, by_expert=True, turned=True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "ctas", "paired"),
+    [([150, 0, 130, 64, 256, 300, 370, 192], 2, True), ([1, 0, 200], 4, False)],
+)
+def test_masked_tiles_of_two_shapes(counts, ctas, paired, monkeypatch):
+    """Groups of one to six blocks of 64 rows: turned tiles, pairs, and tiles without another. In the second
+    case two clusters have five units, the last of which, a pair, they divide."""
+    counts = np.array(counts, np.int32)
+    x, w, options, want = make_masked(COLUMNS, n=512, k=256, counts=counts, most=512)
+    given = x, w, counts
+    problem, operands = made(monkeypatch, maj.masked_grouped_matmul, *given, **options)
+    config = TURNED._replace(paired=paired, num_ctas=ctas)
+    run = functools.partial(launch.run, problem, config=config, interpret=True)
+    with jax.default_device(jax.devices("cpu")[0]):
+        out = np.asarray(jax.jit(run)(*operands))
+    for rows, count, expected in zip(out.reshape(-1, 512, 512), counts, want, strict=True):
+        assert not count or oracle.error(rows[:count], expected) < BOUND["bfloat16"]
+
+
 @pytest.mark.parametrize("layout", [COLUMNS, {}], ids=["columns", "rows"])
 def test_halves_of_tiles_without_pairs_are_left_out(layout, monkeypatch):
     """Experts of every number of pairs around a warpgroup's 64 rows, and a block without an expert: the bits
@@ -916,6 +960,36 @@ def masked():
             config = config._replace(paired=config.bm == 128, peeled=config.bm == 192)
             given = (_LAYOUTS[name], [600, 0, 3, 300], 600)
             yield of_masked(f"paired, masked 600, {name}", config, *given, k=2048, n=448)
+    for most, n, k in ((512, 768, 384), (1024, 512, 2048), (384, 256, 256)):
+        counts = [
+            most,
+            0,
+            1,
+            63,
+            64,
+            65,
+            129,
+            150,
+            192,
+            193,
+            256,
+            257,
+            320,
+            321,
+            384,
+            385,
+            most - 1,
+        ]
+        counts = np.minimum(counts, most)
+        for each in (
+            counts,
+            [200, 0, 0],
+            [130, 0, 200, 5],
+            [0, 0],
+        ):  # none of the last turn, or a few
+            for paired in (False, True):
+                given = TURNED._replace(paired=paired), COLUMNS, each, most
+                yield of_masked(f"masked {most}, of two shapes", *given, k=k, n=n)
     counts = np.resize([30, 0, 3, 17, 64], 30)
     for config in (SWAP, ALONE, M, BESIDE._replace(skips=True), EARLY._replace(peeled=True)):
         config = config._replace(finds=True)

@@ -299,6 +299,11 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._simt.collectives",
         "moe_align_jax._simt.language",
     },
+    "moe_align_jax._grouped_matmul.found_turned": {
+        "moe_align_jax._grouped_matmul",
+        "moe_align_jax._simt.collectives",
+        "moe_align_jax._simt.language",
+    },
     "moe_align_jax._grouped_matmul.found_groups": {
         "moe_align_jax._grouped_matmul",
         "moe_align_jax._simt.collectives",

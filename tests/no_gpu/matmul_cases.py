@@ -393,6 +393,15 @@ def e4m3_problems() -> Cases:
     for mean in (28, 40, 46, 52, 64, 70, 76, 88):  # and of the heights between
         given = of_most | {"expected_rows": mean, "num_experts": 8, "k": 7168}
         yield case("masked, swapped", scales=columns, **given)
+    # Tiles of two shapes, whose loops are two, and a short K, whose loops may be unrolled.
+    for k, n, experts in ((7168, 6144, 32), (2048, 4096, 6), (1024, 256, 1)):
+        sizes = {"k": k, "n": n, "num_experts": experts, "num_rows": experts * 4096}
+        for paired in (False, True):
+            given = of_most | sizes | {"expected_rows": 192}
+            name, problem, tiles = case("masked, of two shapes", scales=columns, **given)
+            tiles = Config("m", 128, 192, 128, 4, group=8, ahead=True, skips=True, sharing=2)
+            tiles = tiles._replace(shared="w", finds=True, by_expert=True, turned=True)
+            yield name, problem, tiles._replace(paired=paired)
     for more in ({"out": "float32"}, {"weights": {"bias": True}, "row_weights": True}):
         yield case(f"weights shared, {more}", **more, **many_rows)
     for block in (8, 32, 40):
