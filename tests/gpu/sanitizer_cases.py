@@ -406,6 +406,10 @@ def weight_gradients(interpret: bool = False) -> None:
             (None, cases.blocks(9, 2, 2, 64, 320, 64, gathered="lhs", routing="dropped")),
             (cut, cases.blocks(tokens, 2, 2, 128, 256, 64, gathered="rhs", routing="hot")),
             (Tiles(level=True, bk=cut.bk), cases.ragged([9, 400, *range(8)], 450, 24, 24)),
+            (
+                Tiles(bm=256, bn=128, lag=1, short=True),
+                cases.blocks(40, 2, 3, 320, 192, 16, gathered="rhs", routing="dropped"),
+            ),
         )
         every = [
             (tiles, problem, [np.asarray(x) for x in given]) for tiles, (problem, given) in every
@@ -433,7 +437,7 @@ def activation_gradient(interpret: bool = False) -> None:
 
     for transposed in (False, True):
         cases.check(*made(12, 2, 2, 64, 256, transposed=transposed), interpret=interpret)
-    for ffn in (1024, 1536):
+    for ffn in (384, 1024, 1536):
         cases.check_rows(*made(12, 2, 2, 64, ffn, block=16), interpret=interpret)
 
 
