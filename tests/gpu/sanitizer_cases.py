@@ -355,14 +355,20 @@ E4M3 = (
 _E4M3_CTAS = 8  # each of which has several tiles; the tools' time grows with CTAs
 
 
+def e4m3_case(form: str) -> tuple[Callable[..., Any], Any]:
+    """What makes one of E4M3, and its tiles: the first case of `test_fp8` whose name begins so."""
+    from tests.matmul import test_fp8
+
+    return next((make, config) for name, make, config in test_fp8.ON_A_GPU if name.startswith(form))
+
+
 def matmul_e4m3(form: str) -> None:
     """One of E4M3."""
     import pytest
 
     from tests.matmul import test_fp8
 
-    every = test_fp8.on_a_gpu()
-    _, make, config = next(case for case in every if case[0].startswith(form))
+    make, config = e4m3_case(form)
     with pytest.MonkeyPatch.context() as patch:
         problem, operands = make(patch)
     config = config._replace(num_ctas=_E4M3_CTAS)

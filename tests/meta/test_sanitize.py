@@ -98,6 +98,13 @@ def test_sizes_have_every_variant_of_the_table():
                     assert num_pairs > 131_072 or size.variant in have, size
 
 
+@pytest.mark.parametrize("form", sanitizer_cases.E4M3)
+def test_every_form_of_e4m3_is_a_case_of_its_tests(form):
+    """Its name ends with that of its tiles."""
+    make, config = sanitizer_cases.e4m3_case(form)
+    assert callable(make) and form.endswith(config.name[: len(form.split(", ")[-1])])
+
+
 def test_racecheck_leaves_out_large_sizes_whose_variants_it_sees_at_small_ones():
     short = {case.name for case in sanitizer_cases.cases("racecheck")}
     small = {case.name.removesuffix(", small") for case in sanitizer_cases.small_cases()}
