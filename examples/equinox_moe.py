@@ -39,7 +39,8 @@ class MoE(eqx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         logits = x.astype(jnp.float32) @ self.router
         weights, ids = route_topk(logits, top_k=self.top_k, renormalize=True)
-        y = fused_moe(x, self.gate_up.astype(x.dtype), self.down.astype(x.dtype), weights, ids)
+        # Not cast to x's dtype here: that would round the gradient of float32 weights.
+        y = fused_moe(x, self.gate_up, self.down, weights, ids)
         return y  # pyright: ignore[reportReturnType] (a pair only with the counts)
 
 

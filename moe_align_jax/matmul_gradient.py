@@ -179,7 +179,8 @@ def ragged_dot_general(
         `[m, n]`, or `[G, k, n]`.
 
     Raises:
-        TypeError, ValueError: as `ragged_dot`.   NotImplementedError: other dimensions, or as `ragged_dot`.
+        TypeError, ValueError: as `ragged_dot`; ValueError for dimensions that lhs or rhs does not have.
+        NotImplementedError: other dimensions, or as `ragged_dot`.
 
     Example:
         >>> numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -199,6 +200,23 @@ def ragged_dot_general(
         raise TypeError(checks.message(function, argument, rule, got, "Make one."))
     (left, right), batches = numbers.dot_dimension_numbers
     ragged, groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+    for name, array, dimensions in (
+        ("lhs", lhs, (left, batches[0], ragged)),
+        ("rhs", rhs, (right, batches[1], groups)),
+    ):
+        # A -1 would be taken for the other one of two. The ragged dimension may be a contracted one.
+        given = [d for some in dimensions for d in some]
+        if any(not 0 <= d < array.ndim for d in given):
+            rule, got = f"name dimensions of {name} from 0 to {array.ndim - 1}", str(numbers)
+            argument, remedy = "ragged_dot_dimension_numbers", "Count them from 0."
+            raise ValueError(checks.message(function, argument, rule, got, remedy))
+    if {*right, *batches[1]} & {*groups}:
+        rule, got = "name each dimension of rhs once", str(numbers)
+        argument, remedy = (
+            "ragged_dot_dimension_numbers",
+            "A group's is neither contracted nor of a batch.",
+        )
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
     known = not any(batches) and len(left) == len(right) == len(ragged) == 1 and lhs.ndim == 2
     options: dict[str, Any] = {
         "precision": precision,

@@ -76,7 +76,8 @@ def sharded_fused_moe(
         x: `[T, H]`. T need not be a multiple of the devices: rows without experts are added to it.
         w_gate_up, w_down: of all E experts, as for `fused_moe`. Each device uses E / devices of expert_axis.
         topk_weights, topk_ids: `[T, K]`, of E experts.
-        mesh: of `jax.make_mesh`. Axes that are not named below see the same work on each of their devices.
+        mesh: of `jax.make_mesh`, with Auto or Explicit axes; within `jax.set_mesh`, that mesh. Axes that are
+            not named below see the same work on each of their devices.
         expert_axis: its devices share the experts out. Static.
         data_axes: a name, or several: further axes over which tokens are split; weights are the same on them,
             and their gradient is added up. Static.
@@ -99,7 +100,7 @@ def sharded_fused_moe(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `fused_moe`; and ValueError for an axis that the mesh
-            does not have, or a size that is no multiple of its axis.
+            does not have, a size that is no multiple of its axis, or a call inside a `jax.shard_map`.
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -226,6 +227,12 @@ def _check_axes(function: str, mesh: Any, expert: Any, data: Any, tensor: Any, f
     if not isinstance(mesh, Mesh):
         remedy = "Make one with jax.make_mesh."
         checks.refuse(TypeError, function, "mesh", "be a jax.sharding.Mesh", mesh, remedy)
+    context = jax.sharding.get_abstract_mesh()
+    if not context.empty and context != mesh.abstract_mesh:
+        rule = "be the mesh of jax.set_mesh, and stand outside of any jax.shard_map"
+        remedy = "Inside jax.shard_map call fused_moe with expert_map, or dispatch and combine."
+        got = f"{mesh} within {context}"
+        checks.refuse(ValueError, function, "mesh", rule, got, remedy)
     if not isinstance(data, (str, tuple, list)):
         rule = "be the name of an axis, or a tuple of names"
         checks.refuse(TypeError, function, "data_axes", rule, data, "Pass () for none.")
@@ -295,7 +302,8 @@ def _run(floats: Any, topk_ids: jax.Array, limit: Any, *, layer: _Layer) -> Any:
             add(bias_down, PartitionSpec(expert))
         if AxisType.Explicit in mesh.axis_types:
             given = [
-                jax.reshard(a, NamedSharding(mesh, s)) for a, s in zip(given, specs, strict=True)
+                jax.reshard(a, NamedSharding(mesh, _explicit(s, mesh)))
+                for a, s in zip(given, specs, strict=True)
             ]
         body = functools.partial(
             _on_a_device,
@@ -306,6 +314,16 @@ def _run(floats: Any, topk_ids: jax.Array, limit: Any, *, layer: _Layer) -> Any:
         mapped = jax.shard_map(body, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs)
         y, counts = mapped(*given)
         return (_free(y, mesh)[:tokens] if spare else y), counts
+
+
+def _explicit(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """Its Explicit axes alone: a mesh may have Auto ones too, which XLA sees to."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    parts = []
+    for part in spec:
+        names = (part,) if isinstance(part, str) else part or ()
+        parts.append(tuple(name for name in names if kinds[name] == AxisType.Explicit) or None)
+    return PartitionSpec(*parts)
 
 
 def _free(x: jax.Array, mesh: Mesh) -> jax.Array:

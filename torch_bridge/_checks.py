@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from moe_align_jax._core import checks
 from torch_bridge._specs import AlignSpec
@@ -91,11 +92,27 @@ def not_dense(tensor: torch.Tensor) -> str | None:
     return f"a quantized tensor, {tensor.dtype}" if tensor.is_quantized else None
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents: within torch.func.jvp, jacfwd or forward_ad.dual_level."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward mode differentiates by the tensor, of which requires_grad knows nothing."""
+    return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def check_no_gradient(function: str, argument: str, tensor: torch.Tensor) -> None:
     """Raises NotImplementedError where autograd would follow what becomes of the tensor."""
+    rule = "need no gradient"
     if tensor.requires_grad and torch.is_grad_enabled():
-        rule, remedy = "need no gradient", "Call it under torch.no_grad(): it has no derivative."
+        remedy = "Call it under torch.no_grad(): it has no derivative."
         checks.refuse(NotImplementedError, function, argument, rule, "requires_grad=True", remedy)
+    if has_tangent(tensor):  # the result's would be zeros
+        remedy = (
+            "Call it outside of torch.func.jvp and forward_ad.dual_level: it has no derivative."
+        )
+        checks.refuse(NotImplementedError, function, argument, rule, "a tangent", remedy)
 
 
 def check_integer_tensor(

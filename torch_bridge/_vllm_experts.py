@@ -172,8 +172,8 @@ def fused_experts(
         if theirs is None:
             raise NotImplementedError(
                 checks.message(
-                    *("fused_experts", "quant_config", "be something that the kernels do"),
-                    *(str(reason), "Install vllm, whose own layer then runs."),
+                    *("fused_experts", "the layer", "be of a kind that our kernels compute"),
+                    *(f"another: {reason}", "Install vllm, whose own layer then runs."),
                 )
             ) from None
         _warn(str(reason))

@@ -325,6 +325,9 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
     if tensor.requires_grad:
         rule, remedy = "not require grad", "No gradient crosses: pass tensor.detach()."
         raise ValueError(checks.message(function, "tensor", rule, checks.describe(tensor), remedy))
+    if _checks.has_tangent(tensor):
+        rule, remedy = "have no tangent", "No gradient crosses: pass tensor.detach()."
+        raise ValueError(checks.message(function, "tensor", rule, checks.describe(tensor), remedy))
     check_not_capturing(function, tensor.device)
     jax_platform(function, tensor.device)
     if reason := copy_reason(tensor, alignment(tensor.device.type)):

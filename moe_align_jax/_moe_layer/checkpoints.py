@@ -236,7 +236,7 @@ class ExpertWeights:
 
         Raises:
             TypeError: `tensors` is no mapping to arrays, `prefix` no string or `interleaved` no bool.
-            ValueError: the names or the shapes are not those of experts.
+            ValueError: the names or the shapes are not those of experts, or single experts have biases.
 
         Example:
             >>> import numpy as np
@@ -321,6 +321,11 @@ class ExpertWeights:
             remedy = "Pass the prefix of one layer's experts; matrices of an expert stand apart."
             checks.refuse(ValueError, function, "tensors", rule, got, remedy)
         count = sum(name.endswith(f".{names[0]}.weight") for name in mine)
+        biases = (f"{i}.{name}.bias" for i in range(count) for name in names)
+        if biased := next((name for name in biases if name in mine), None):  # not left out silently
+            rule, got = "hold no biases of single experts", f"{prefix}{biased}"
+            remedy = "Stack weights and biases, and pass them to ExpertWeights."
+            checks.refuse(ValueError, function, "tensors", rule, got, remedy)
         rows = []
         for i in range(count):
             wanted = [f"{i}.{name}.weight" for name in names]

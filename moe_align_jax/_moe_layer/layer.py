@@ -300,11 +300,13 @@ def _backward(problem, implementation, kept, ct):
             at = lax.div(jnp.maximum(where.row_of_pair, 0), _I32(problem.block_size))
             expert = jnp.where(kept_pair, where.expert_ids[at], -1)
             every = lax.iota(_I32, problem.num_experts)[None, None]
-            mine = (expert[..., None] == every).astype(_F32)
+            mine = expert[..., None] == every
+            # A token without a pair may have a NaN cotangent, and an expert without one a NaN bias.
+            wide = jnp.where(jnp.any(kept_pair, axis=1, keepdims=True), wide, 0.0)
             # `[T, E]` of each token: its bias' share of the weights' derivative, and its weight.
             toward_bias = jnp.dot(wide, given.bias_down.T, precision=lax.Precision.HIGHEST)
-            of_pair += jnp.sum(mine * toward_bias[:, None, :], axis=-1)
-            weight_of = jnp.sum(mine * share[..., None], axis=1)
+            of_pair += jnp.sum(jnp.where(mine, toward_bias[:, None, :], 0.0), axis=-1)
+            weight_of = jnp.sum(jnp.where(mine, share[..., None], 0.0), axis=1)
             d_bias_down = jnp.dot(weight_of.T, wide, precision=lax.Precision.HIGHEST)
         d_weights = jnp.where(kept_pair, of_pair, 0.0)
     with jax.named_scope("gate_up"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import torch_bridge
 from tests import oracle
@@ -166,6 +167,13 @@ def test_to_jax_refuses(case):
 def test_to_jax_refuses_a_vmapped_tensor():
     with pytest.raises(TypeError, match="must have data"):
         torch.func.vmap(to_jax)(torch.zeros(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_to_jax_refuses_a_tensor_with_a_tangent():
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="must have no tangent") as caught:
+        to_jax(forward_ad.make_dual(torch.zeros(3), torch.ones(3)))
+    assert_format(caught.value)
 
 
 def test_to_jax_refuses_a_device_that_jax_lacks(monkeypatch):

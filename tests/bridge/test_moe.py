@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import torch_bridge
 from moe_align_jax._moe_layer.plan import block_sizes
@@ -321,6 +322,22 @@ def test_a_known_call_still_refuses_a_gradient(gpu):
     with pytest.raises(NotImplementedError, match="w_gate_up must need no gradient") as caught:
         torch_bridge.fused_moe(x, up, down, shares, ids, transpose_rhs=True)
     assert_format(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_known_call_still_refuses_a_tangent(gpu):
+    """Which torch.no_grad() lets through, and requires_grad does not tell of."""
+    given = tensors()
+    for _ in range(3):
+        torch_bridge.fused_moe(*given, transpose_rhs=True)
+    with forward_ad.dual_level(), torch.no_grad():
+        x = forward_ad.make_dual(given[0], torch.ones_like(given[0]))
+        with pytest.raises(NotImplementedError, match="x must need no gradient; got a tangent"):
+            torch_bridge.fused_moe(x, *given[1:], transpose_rhs=True)
+        assert_near(
+            torch_bridge.fused_moe(*given, transpose_rhs=True),
+            oracle.layer(*plain(*given), transpose_rhs=True)[0],
+        )
 
 
 def test_a_repeated_product_is_launched_without_checks(gpu, monkeypatch):
@@ -659,6 +676,39 @@ def test_a_wrong_argument_is_named(name):
     kind, arguments, options = WRONG[name]
     with pytest.raises(kind, match=name) as caught:
         torch_bridge.fused_moe(*arguments, **options)
+    assert_format(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("transform", [torch.func.jvp, torch.func.jacfwd])
+@pytest.mark.parametrize("name", ["x", "w", "topk_weights", "bias"])
+def test_forward_mode_is_refused(transform, name):
+    """Its tangents would be zeros."""
+    aligned = torch_bridge.align_blocks(IDS, block_size=4, num_experts=2)
+
+    def run(value):
+        if name == "bias":
+            options = {"block_size": 4, "top_k": IDS.shape[1]}
+            return torch_bridge.grouped_matmul(X, UP, aligned, **options, bias=value)
+        x, w, shares = (given | {name: value}).values()
+        return torch_bridge.fused_moe(x, w, DOWN, shares, IDS)
+
+    given = {"x": X, "w": UP, "topk_weights": SHARES}
+    primal = given.get(name, UP[:, 0])
+    wanted = pytest.raises(NotImplementedError, match="must need no gradient; got a tangent")
+    with wanted as caught:
+        if transform is torch.func.jvp:
+            torch.func.jvp(run, (primal,), (torch.ones_like(primal),))
+        else:
+            torch.func.jacfwd(run)(primal)
+    assert_format(caught.value)
+
+
+def test_wrong_row_weights_are_told_what_they_belong_to():
+    aligned = torch_bridge.align_blocks(IDS, block_size=4, num_experts=2)
+    options = {"block_size": 4, "top_k": IDS.shape[1], "row_weights": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"row_weights must have .* One for each row") as caught:
+        torch_bridge.grouped_matmul(X, UP, aligned, **options)
     assert_format(caught.value)
 
 

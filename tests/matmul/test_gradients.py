@@ -119,6 +119,27 @@ def test_no_groups():
     assert total(x) == 0 and not np.asarray(jax.grad(total)(x)).any()
 
 
+@pytest.mark.parametrize(
+    ("contract", "ragged", "groups", "text"),
+    [
+        (((-1,), (1,)), [0], [0], "name dimensions of lhs from 0 to 1"),  # gave lhs.T @ rhs
+        (((2,), (1,)), [0], [0], "name dimensions of lhs from 0 to 1"),
+        (((1,), (1,)), [-2], [0], "name dimensions of lhs from 0 to 1"),
+        (((1,), (3,)), [0], [0], "name dimensions of rhs from 0 to 2"),
+        (((1,), (1,)), [0], [-3], "name dimensions of rhs from 0 to 2"),
+        (((1,), (1,)), [0], [1], "name each dimension of rhs once"),
+    ],
+    ids=str,
+)
+def test_dimensions_that_there_are_not(contract, ragged, groups, text):
+    """jax refuses them too. With as many rows as columns no shape tells."""
+    x, w, sizes = jnp.ones((8, 8)), jnp.ones((3, 8, 8)), jnp.array([5, 0, 3])
+    numbers = jax.lax.RaggedDotDimensionNumbers((contract, ((), ())), ragged, groups)
+    wanted = f"^ragged_dot_general: ragged_dot_dimension_numbers must {text}.*; got .*[.] .+"
+    with pytest.raises(ValueError, match=wanted):
+        maj.ragged_dot_general(x, w, sizes, numbers)
+
+
 def test_errors_of_tgmm_and_ragged_dot_general():
     x, toward, sizes = np.zeros((16, 8), np.float32), np.zeros((8, 4), np.float32), np.array([3, 2])
     for kind, text, change in (

@@ -230,6 +230,10 @@ ERRORS = {
         ),
         "from_maxtext: bias_up must be there with bias_gate",
     ),
+    "biases of single experts": (  # they were left out, and the layer computed without them
+        lambda: ExpertWeights.from_hugging_face({**MATRICES, "e.1.up_proj.bias": np.ones(N)}, "e."),
+        "from_hugging_face: tensors must hold no biases of single experts",
+    ),
     "pair": (
         lambda: CHECKPOINTS["MaxText"][0].laid_out(interleaved=True),
         "laid_out: interleaved must be False for a pair",

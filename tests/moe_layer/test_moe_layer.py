@@ -479,6 +479,35 @@ def test_derivatives_are_those_of_dense_experts(routing, tokens, on_input):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("tokens", [2, 13], ids=["pairs", "blocks"])
+def test_nan_of_what_has_no_pair_reaches_no_derivative(tokens):
+    """In rows of padding tokens, of x and of the result's cotangent, and in an expert without a token."""
+    operands, options = make_layer(tokens, experts=16, routing="uniform", bias=True)
+    *_, ids = operands
+    ids = jnp.where(ids == 15, 14, ids)
+    floats = (*operands[:4], options["bias_gate_up"], options["bias_down"])
+    direction = normal(np.random.default_rng(9), floats[0].shape, "float32")
+
+    def gradients(floats, direction):
+        def run(*floats):
+            *head, b1, b2 = floats
+            biases = {"bias_gate_up": b1, "bias_down": b2}
+            return maj.fused_moe(*head, ids, num_valid_tokens=tokens - 1, **biases)
+
+        return jax.vjp(run, *floats)[1](direction)
+
+    x, first, second, weights, *biases = floats
+    dirty = (
+        x.at[-1].set(jnp.nan),
+        *(w.at[15].set(jnp.nan) for w in (first, second)),
+        weights.at[-1].set(jnp.nan),
+        *(b.at[15].set(jnp.inf) for b in biases),
+    )
+    want = gradients(floats, direction)
+    for got, clean in zip(gradients(dirty, direction.at[-1].set(jnp.nan)), want, strict=True):
+        np.testing.assert_array_equal(got, clean)
+
+
 # -- transformations -----------------------------------------------------------------------------------
 
 

@@ -123,6 +123,16 @@ def test_explicit_axes():
     assert error(y, wanted((x, first, second, weights, ids), {})[0]) < 1e-5
 
 
+def test_a_mesh_of_explicit_and_auto_axes():
+    """Only the Explicit ones are written into an array's type."""
+    kinds = (AxisType.Explicit, AxisType.Auto, AxisType.Explicit)
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    mesh = jax.make_mesh((2, 2, 2), ("data", "ep", "tp"), axis_types=kinds)
+    axes = {"expert_axis": "ep", "data_axes": "data", "tensor_axis": "tp", "fsdp_axis": "data"}
+    check(mesh, axes, {"tokens": 13, "bias": True}, gradients=False)
+
+
 def test_fsdp_gathers_weights_and_scatters_their_gradient():
     """The gradient lies as the weights do; its values are those that the test of all axes compares."""
     mesh = mesh_of(fsdp=4, ep=2)
@@ -160,6 +170,25 @@ def test_errors(kind, text, change):
     given = {"mesh": mesh_of(data=4, ep=2), "expert_axis": "ep"} | change
     with pytest.raises(kind, match=f"^sharded_fused_moe: {text}.*; got .*\\. "):
         maj.sharded_fused_moe(x, first, second, weights, ids, **given)
+
+
+def test_another_mesh_around_it():
+    """A shard_map's, whose axes are no longer to be split, or that of jax.set_mesh."""
+    (x, first, second, weights, ids), _ = make_layer(experts=2)
+    mesh = mesh_of(pp=2, ep=2)
+    stages = jnp.stack([x, x])
+
+    def stage(x):
+        y = maj.sharded_fused_moe(*(x[0], first, second, weights, ids), mesh=mesh, expert_axis="ep")
+        return y[None]
+
+    spec = {"mesh": mesh, "in_specs": Spec("pp"), "out_specs": Spec("pp")}
+    wanted_mesh = "^sharded_fused_moe: mesh must be the mesh of jax.set_mesh"
+    for names in ({"pp"}, {"pp", "ep"}):
+        with pytest.raises(ValueError, match=wanted_mesh):
+            jax.shard_map(stage, axis_names=names, **spec)(stages)
+    with jax.set_mesh(mesh_of(ep=2)), pytest.raises(ValueError, match=wanted_mesh):
+        stage(stages)
 
 
 def test_no_tokens():

@@ -109,6 +109,8 @@ def _bias(
         )
     if tuple(value.shape) != shape:
         remedy = "One value for each column of the weights."
+        if argument == "row_weights":
+            remedy = "One for each row of aligned."
         checks.refuse(ValueError, function, argument, f"have shape {list(shape)}", value, remedy)
     return value
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_align_jax._grouped_matmul.direct_problem import DirectMatmul
-from torch_bridge import _plan, dlpack
+from torch_bridge import _checks, _plan, dlpack
 from torch_bridge._direct import known_calls, store
 from torch_bridge._moe import direct
 from torch_bridge._moe.calls import Call, Layer, Matmul
@@ -222,6 +222,8 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
         for tensor in tensors:
             if tensor.requires_grad:
                 return None
+    if _checks.in_forward_mode():
+        return None
     bound, pointers = found
     if len(pointers) > len(bound.order):
         return bound.run_plain(pointers[:-1], tensors[-1])
