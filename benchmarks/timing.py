@@ -54,7 +54,7 @@ def capture_torch(calls: Sequence[Callable[[], None]]) -> Any:
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph: Any = torch.cuda.CUDAGraph()
     # "thread_local": what jax's own threads do on the GPU meanwhile must not break the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for call in calls:

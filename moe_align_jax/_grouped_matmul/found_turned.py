@@ -149,7 +149,7 @@ def find_plainly(
 
     def step(i, carry):
         before, *found = carry
-        group = lax.rem(i, _I32(units.groups))
+        group = lax.rem(i.astype(_I32), _I32(units.groups))
         rows, turned, pairs, places = cut(group)
         places = jnp.where((pairs > 0) == (i >= units.groups), places, 0)
         inside = place - before

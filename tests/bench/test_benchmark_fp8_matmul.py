@@ -145,7 +145,7 @@ def test_steady_steps_come_behind_all_other_times(monkeypatch):
     assert rows["a"]["wall_us"] == 60.0 and "wall 60.0 us" in bench.line(rows["a"])
     assert rows["b"]["status"] == "failed" and "later: no" in rows["b"]["reason"]
     assert rows["c"]["us"] == 40.0 and "wall_us" not in rows["c"]
-    providers.pop("a"), providers.pop("b")
+    del providers["a"], providers["b"]
     assert [r["provider"] for r in bench.run_case(SMALL, argparse.Namespace(calls=2))] == ["c"]
 
 

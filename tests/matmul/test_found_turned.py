@@ -126,7 +126,7 @@ def test_turns_are_those_of_other_units():
         seen = []
         for cluster in range(66):
             count = int(found_masked.units_for(jnp.int32(total), jnp.int32(cluster), 66))
-            at = jnp.arange(count)
+            at = jnp.arange(count, dtype=jnp.int32)
             seen += map(int, found_masked.unit_in_turn(at, jnp.int32(cluster), 66))
         assert sorted(seen) == [*range(total)]
 
