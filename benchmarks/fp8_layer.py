@@ -14,7 +14,6 @@ expert parallelism 32 of 256, and an expert map that drops the pairs of the othe
 """
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -295,27 +294,19 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
     rate = timing.read_rate()
     for case, peer, program in zip(cases, peers, programs, strict=True):
         head = _head(case, rate) | {"status": "ok"}
+        theirs = lambda p=peer: _built(p).measure(options)  # noqa: E731
+        ours = lambda c=case, p=program: _ours(c, _built(p), options)  # noqa: E731
+        mine = head | {"provider": "fused_moe"} | _form(case)
         yield from moe_layer.measured_in_turns(
-            [
-                (
-                    head | {"provider": "vllm"},
-                    functools.partial(_measured, peer, lambda p=peer: p.measure(options)),
-                ),
-                (
-                    head | {"provider": "fused_moe"} | _form(case),
-                    functools.partial(
-                        _measured, program, lambda c=case, p=program: _ours(c, p, options)
-                    ),
-                ),
-            ]
+            [(head | {"provider": "vllm"}, theirs), (mine, ours)]
         )
 
 
-def _measured(built: Any, measure: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """What a provider yields that was built; the error that it ended with else."""
-    if isinstance(built, BaseException):
-        raise built
-    yield from measure()
+def _built(found: Any) -> Any:
+    """What was built; raises the error that building ended with."""
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _head(case: Case, rate: float) -> dict[str, Any]:

@@ -359,8 +359,9 @@ def prepare_torch(
         if wrong := wrong_now():
             return wrong, None, None
         taken = timing.time_torch_graph(calls, replays=options.replays)
-        us = taken and taken.percentile(50)
-        return "", taken, functools.partial(steady, us) if options.wall else None
+        if not options.wall:
+            return "", taken, None
+        return "", taken, functools.partial(steady, taken.percentile(50))
 
     return measure
 
@@ -487,14 +488,18 @@ def run_case(size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]
                 work.append((provider, error))
     children.wait_for_turn()
     rate, rate_of = timing.read_rate(), functools.cache(timing.read_rate)
-    found = [_row(inputs, provider, measure, rate, rate_of) for provider, measure in work]
-    yield from (row for row, steady in found if not steady)
-    found = [(row, steady) for row, steady in found if steady]
-    if not found:
+    rows, walls = [], []
+    for provider, measure in work:
+        row, steady = _row(inputs, provider, measure, rate, rate_of)
+        if steady:
+            rows.append(row)
+            walls.append(steady)
+        else:
+            yield row
+    if not walls:
         return
-    walls = timing.in_turns([steady for _, steady in found], 2, order=timing.behind_each_other)
-    for i, taken in walls:
-        row, _ = found[i]
+    for i, taken in timing.in_turns(walls, 2, order=timing.behind_each_other):
+        row = rows[i]
         if isinstance(taken, Exception):
             yield row | {"status": "failed", "reason": reason_of(taken)}
         else:

@@ -109,8 +109,9 @@ def _turned(problem: MatmulProblem, tiles: Config) -> Config | None:
     """Tiles of two shapes, where they were faster."""
     if problem.num_experts not in _TURNED_GROUPS or problem.expected_rows not in _TURNED_MEANS:
         return None
-    tiles = tiles._replace(sharing=2, shared="w", paired=True, finds=True, by_expert=True)
-    return None if refused(problem, tiles._replace(turned=True)) else tiles._replace(turned=True)
+    more = {"paired": True, "finds": True, "by_expert": True, "turned": True}
+    tiles = tiles._replace(sharing=2, shared="w", **more)
+    return None if refused(problem, tiles) else tiles
 
 
 def _swapped_rows(problem: MatmulProblem) -> int:

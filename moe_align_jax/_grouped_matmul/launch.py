@@ -5,9 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from moe_align_jax._grouped_matmul import cut_list, kernel, spread, spread_kernel, tile_list
+from moe_align_jax._grouped_matmul import (
+    cut_list,
+    kernel,
+    reference,
+    spread,
+    spread_kernel,
+    tile_list,
+)
 from moe_align_jax._grouped_matmul.choose_tiles import config_for, permutes_first, spreads_first
 from moe_align_jax._grouped_matmul.config import Config, unshared
 from moe_align_jax._grouped_matmul.problem import MatmulProblem
@@ -50,7 +56,7 @@ def permuted(
 ) -> tuple[MatmulProblem, dict[str, jax.Array]]:
     """The same product of rows in aligned order: `[num_rows, k]`, gathered by XLA."""
     sizes = {"num_tokens": problem.num_tokens, "top_k": problem.top_k}
-    x = rows_of_pairs(named["x"], named["sorted_token_ids"], **sizes)
+    x = reference.rows_of_pairs(named["x"], named["sorted_token_ids"], **sizes)
     return problem.permuted, named | {"x": x}
 
 
@@ -70,22 +76,6 @@ def spread_rows(
         launch = spread_kernel.build(copy, spread.config_for(copy), interpret=interpret)
         rows = launch(row_of_pair.reshape(-1), tokens.reshape(copy.grained(copy.num_tokens)))
     return rows.reshape(copy.num_rows, copy.width)
-
-
-def rows_of_pairs(
-    tokens: jax.Array, sorted_token_ids: jax.Array, *, num_tokens: int, top_k: int
-) -> jax.Array:
-    """`[num_rows, .]`: the row of each pair's token, gathered by XLA.
-
-    Rows of no pair are zeros: the kernel's epilogue, or the reader of the result, leaves them out, and
-    products of zeros take the least power. XLA's gather takes 106 us with `mode="fill"`, and 102 where
-    such rows are some token's (one H200, 2026-11-29, 17,912 rows of 4,096). Products and weights' gradients
-    ask for them by the same operations, so that XLA makes one array for both.
-    """
-    pairs, pair = num_tokens * top_k, sorted_token_ids
-    there = (pair >= 0) & (pair < pairs)
-    rows = jnp.where(there, lax.div(pair, jnp.int32(top_k)), num_tokens)
-    return tokens.at[rows].get(mode="fill", fill_value=0)
 
 
 def _small_grid(problem: MatmulProblem) -> Config:

@@ -1,7 +1,7 @@
 """Tokens' rows copied to those of their pairs, `[P, H]`, once for readers that would gather them often.
 
 kernel     on a GPU: `spread_kernel`, which writes no rows without a pair: they hold anything
-gather     "xla": XLA's, some token's row for those without a pair
+gather     "xla": `reference.rows_of_pairs`, zeros in rows without a pair
 
 A primitive, with a derivative.
 """
@@ -9,10 +9,8 @@ A primitive, with a derivative.
 import functools
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from moe_align_jax._grouped_matmul import derivative, primitive, spread
+from moe_align_jax._grouped_matmul import derivative, primitive, reference, spread
 from moe_align_jax._grouped_matmul.spread import Spread
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.primitive import result_like
@@ -38,9 +36,8 @@ def _by_gather(
 ) -> jax.Array:
     """By XLA."""
     del row_of_pair
-    token = lax.div(pair_of_row, jnp.int32(problem.top_k))
-    token = jnp.clip(token, 0, problem.num_tokens - 1)
-    return tokens.at[token].get(mode="promise_in_bounds")
+    sizes = {"num_tokens": problem.num_tokens, "top_k": problem.top_k}
+    return reference.rows_of_pairs(tokens, pair_of_row, **sizes)
 
 
 def _by_kernel(

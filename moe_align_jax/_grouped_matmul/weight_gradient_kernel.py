@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_align_jax._grouped_matmul import inline_wgmma, launch, reference
+from moe_align_jax._grouped_matmul import inline_wgmma, reference
 from moe_align_jax._grouped_matmul.config import UNIT, unsupported
 from moe_align_jax._grouped_matmul.problem import WeightGradient
 from moe_align_jax._grouped_matmul.weight_gradient_compute import ComputeLoop
@@ -118,7 +118,7 @@ def gathered(
     pairs = layout.num_tokens * layout.top_k
     tokens = lhs if problem.gathered == "lhs" else rhs
     sizes = {"num_tokens": layout.num_tokens, "top_k": layout.top_k}
-    rows = launch.rows_of_pairs(tokens, where[0], **sizes)
+    rows = reference.rows_of_pairs(tokens, where[0], **sizes)
     operands = (rows, rhs) if problem.gathered == "lhs" else (lhs, rows)
     layout = layout._replace(num_tokens=0, top_k=0, num_pairs=pairs)
     return WeightGradient(layout), (*operands, *where)

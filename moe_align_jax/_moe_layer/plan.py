@@ -144,7 +144,7 @@ class LayerProblem(NamedTuple):
             return None
         if self.num_tokens * self.top_k <= _PAIRS_TO_COPY * self.num_experts:
             return None
-        found = spread.Spread(self.num_tokens, self.top_k, self.num_rows, self.hidden, self.dtype)
+        found = spread.of(self.first)
         return None if spread.unsupported(found) else found
 
     @property
