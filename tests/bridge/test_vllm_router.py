@@ -219,11 +219,12 @@ def test_layouts_and_no_tokens():
 # -- the direct path, on a fake machine ------------------------------------------------------------
 
 
-def on_boundary(array):
-    """The same values in memory that starts on 256 bytes, as torch's allocator gives it on a GPU."""
+def on_boundary(array, past=0):
+    """The same values in memory that starts on 256 bytes, as torch's allocator gives it on a GPU; or so many
+    bytes past them."""
     given = tensor(array) if isinstance(array, np.ndarray) else array
-    room = torch.zeros(given.nbytes + 256, dtype=torch.uint8)
-    start = -room.data_ptr() % 256
+    room = torch.zeros(given.nbytes + 256 + past, dtype=torch.uint8)
+    start = -room.data_ptr() % 256 + past
     at = room[start : start + given.nbytes].view(given.dtype).view(given.shape)
     at.copy_(given)
     return at
@@ -288,7 +289,7 @@ def test_a_call_like_an_earlier_one_is_launched_at_once(launching, monkeypatch):
     vllm.topk_sigmoid(*got, x, True)
     few = [on_boundary(y) for y in buffers(5)]
     vllm.topk_sigmoid(*few, x[:5], True, bias)
-    vllm.topk_sigmoid(*buffers(), x, True, bias)
+    vllm.topk_sigmoid(*(on_boundary(y, past=64) for y in buffers()), x, True, bias)
     assert len(slow) == 4
     for changed in ({"renormalize": 1}, {"routed_scaling_factor": True}, {"is_padding": [0] * 13}):
         named = {"renormalize": True, "e_score_correction_bias": bias, **changed}
