@@ -97,10 +97,10 @@ class Layer(NamedTuple):
 SIZES: tuple[Product | Layer, ...] = (
     Product("weight gradient", 131072, 7168, 1024, 256),
     Product("weight gradient", 262144, 4096, 1536, 128),
-    Product("input gradient", 131072, 1024, 7168, 256, block=184),
+    Product("input gradient", 131072, 1024, 7168, 256, block=192),
     Product("input gradient", 262144, 4096, 1536, 128, block=144),
     Product("forward", 131072, 7168, 2048, 128, block=176),
-    Product("forward", 131072, 7168, 1024, 256, block=184),
+    Product("forward", 131072, 7168, 1024, 256, block=192),
     Product("forward", 131072, 1024, 7168, 256, block=144),
     Product("forward", 131072, 4096, 1536, 128, block=144),
     Product("forward", 8192, 4096, 14336, 8, block=176),

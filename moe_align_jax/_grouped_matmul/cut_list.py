@@ -7,7 +7,7 @@ are three tiles of 176, not of 184, 184 and 144. Tiles of about one height keep 
 weights at the same step. Any other block is a run of its own.
 
 One CTA. Each thread has some neighbouring blocks. As many tiles as blocks: tile b is the place-th of its run,
-or the list is sorted by height.
+or the list is sorted by height, and dealt out to the CTAs of the product.
 """
 
 import functools
@@ -45,6 +45,8 @@ class CutList(NamedTuple):
             its share: a run has at most two heights. Otherwise all have that of the largest share.
         falling: tiles are listed from the tallest to the lowest, those without rows last; of one height in
             the order of their blocks. A run has one height then: its tiles remain neighbours. Not `exact`.
+        a_round: with `falling`: tiles that the product's CTAs take at the same time, in rounds; see
+            `_Body.dealt`. 0: they are not dealt out, but taken as they are listed.
     """
 
     num_rows: int
@@ -55,15 +57,20 @@ class CutList(NamedTuple):
     heights: tuple[int, ...]
     exact: bool
     falling: bool = False
+    a_round: int = 0
 
 
 def of(
-    problem: MatmulProblem, heights: tuple[int, ...], exact: bool, falling: bool = False
+    problem: MatmulProblem,
+    heights: tuple[int, ...],
+    exact: bool,
+    falling: bool = False,
+    a_round: int = 0,
 ) -> CutList:
     """The list for a problem of "blocks"."""
     sizes = problem.num_rows, problem.block_size, problem.num_blocks, problem.num_experts
     pairs = problem.num_tokens * problem.top_k or problem.num_pairs
-    return CutList(*sizes, pairs, heights, exact, falling)
+    return CutList(*sizes, pairs, heights, exact, falling, a_round)
 
 
 def build(cut: CutList) -> Program:
@@ -196,6 +203,8 @@ class _Body:
                 for block, expert, run in zip(self.blocks, experts, runs, strict=True)
             ]
             places = self.by_class(classes)
+        if cut.a_round:
+            places = self.dealt(places, used, everything % _OPEN)
         for block, expert, run, place in zip(self.blocks, experts, runs, places, strict=True):
             with t.if_(block < used):
                 self.tile(block, expert, run, place)
@@ -213,20 +222,20 @@ class _Body:
         return self.t.select(there & pair.below(limit), 1, 0)
 
     def held(self, block: Int, limit: Int) -> Int:
-        """Pairs of a block; they come first."""
+        """Pairs of a block; they come first. Of a full block, as most are, one row is read."""
         t, size = self.t, self.cut.block
         first, there = block * size, block < self.cut.num_blocks
-        groups = -(-size // _ROWS_AT_ONCE)
-        full = t.const(0)
-        for group in range(groups):
-            last = min((group + 1) * _ROWS_AT_ONCE, size) - 1
-            full = full + self.is_pair(first + last, there, limit)
-        before = full * _ROWS_AT_ONCE
-        found = t.select(before < size, before, size)
+        full = self.is_pair(first + (size - 1), there, limit)
+        there = there & full.eq(0)
+        groups = t.const(0)
+        for last in range(_ROWS_AT_ONCE - 1, size - 1, _ROWS_AT_ONCE):
+            groups = groups + self.is_pair(first + last, there, limit)
+        before = groups * _ROWS_AT_ONCE
+        found = before
         for row in range(_ROWS_AT_ONCE - 1):  # of the group that is not full
             at = before + row
             found = found + self.is_pair(first + at, there & (at < size), limit)
-        return found
+        return t.select(full > 0, size, found)
 
     def height_class(self, block: Int, expert: Int, run: Int) -> Int:
         """Which of the heights the tile of a block has; their number, of a tile without rows."""
@@ -257,6 +266,34 @@ class _Body:
                 running = running + one
             before = before + of_low + everything // _COUNT
         return places
+
+    def dealt(self, places: list[Int], used: Int, runs: Int) -> list[Int]:
+        """The same places, dealt out: the CTAs that take a tile of the last round, which as a rule not all of
+        them do, have the lowest tiles in all rounds, and the others the tallest ones. All have about as much
+        to do then, and tiles of few rows, which wait for weights, run beside those that wait for the tensor
+        cores.
+
+        So many CTAs that as many runs as there is room for begin and end with a round. The order remains
+        where these would be more than two thirds of them: the others, all of whose tiles are tall, would end
+        last.
+        """
+        t, a_round = self.t, self.cut.a_round
+        each = (used * 2 + runs) // t.select(runs > 0, runs * 2, 1)  # tiles of a mean run
+        each = t.select(each > 0, each, 1)
+        rounds = (used + (a_round - 1)) // a_round
+        low = used - (rounds - 1) * a_round  # tiles of the last round
+        whole = (low + (each - 1)) // each * each
+        low = t.select((t.const(a_round) % each).eq(0), whole, low)
+        low = t.select(low * 3 > 2 * a_round, a_round, low)  # all of them: as they are
+        high = a_round - low
+        tall, width = high * (rounds - 1), t.select(high > 0, high, 1)
+        found = []
+        for place in places:
+            rest = place - tall
+            of_tall = place // width * a_round + low + place % width
+            of_low = rest // low * a_round + rest % low
+            found.append(t.select(place < tall, of_tall, of_low))
+        return found
 
     def run_of(self, block: Int, expert: Int, run: Int) -> tuple[Int, Int, Int]:
         """(First block, block behind the last one, pairs) of a block's run, or of it alone."""

@@ -151,7 +151,10 @@ def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) ->
 def list_of(problem: MatmulProblem, config: Config) -> Program:
     """The launch that makes the list of tiles, for tiles that come from one."""
     if config.heights:
-        return cut_list.build(cut_list.of(problem, config.heights, config.exact, config.falling))
+        by_columns = shape_of(problem, config).n_tiles
+        whole = config.falling and not config.group and config.num_ctas % by_columns == 0
+        order = config.exact, config.falling, config.num_ctas // by_columns if whole else 0
+        return cut_list.build(cut_list.of(problem, config.heights, *order))
     return tile_list.build(tile_list.of(problem, config.bm))
 
 

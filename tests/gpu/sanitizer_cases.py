@@ -301,6 +301,8 @@ def matmul_heights(interpret: bool = False) -> None:
         problem = cases.problem_of(where, block, 4, 320, 128)
         stages = 4 if block == 144 else 3
         usual = config.Config("swap", block, 256, 64, stages, group=2, num_ctas=2)
+        if "falling" in more:  # eight tiles, dealt out to three CTAs
+            usual = usual._replace(group=0, num_ctas=3)
         tiles = config.with_heights(problem, usual, cases.HEIGHTS, exact, **more)
         assert tiles.heights
         rng = np.random.default_rng(0)

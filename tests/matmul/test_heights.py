@@ -124,6 +124,60 @@ def test_list_of_tiles(case, known, kind):
         assert computed < 0.9 * usual
 
 
+# (Runs, tiles of each, tiles of a round, CTAs of the last round that begin and end with runs: none, where
+# the tiles are not dealt out).
+DEALT = [
+    (50, 3, 33, 18),  # 150 tiles: the last of five rounds has 18
+    (56, 3, 33, 3),
+    (55, 3, 33, 0),  # whole rounds
+    (53, 3, 33, 0),  # the last round has 27: more than two thirds
+    (49, 3, 33, 15),
+    (40, 4, 33, 0),  # 28: no round has whole runs only
+    (36, 4, 33, 12),
+    (70, 1, 11, 4),
+    (44, 3, 22, 0),
+    (45, 3, 22, 3),  # 22 are no whole runs of three tiles
+    (3, 3, 33, 0),  # less than a round
+]
+
+
+@pytest.mark.parametrize(("runs", "tiles", "a_round", "low"), DEALT)
+def test_tiles_that_are_dealt_out(runs, tiles, a_round, low):
+    """CTAs with a tile of the last round have the lowest in all rounds, and runs are in one round together."""
+    block, rng = 192, np.random.default_rng(0)
+    given = [
+        (e, pairs)
+        for e, last in enumerate(rng.integers(1, block + 1, runs))
+        for pairs in [block] * (tiles - 1) + [int(last)]
+    ]
+    where = made(block, runs, given)
+    heights = (192, 184, 176, 168, 152, 96)
+    cut = cut_list.CutList(
+        *(len(where.ids), block, len(where.experts), runs, 0, heights, False, True)
+    )
+    operands = [where.ids, where.experts, where.used]
+    count, *plain = emulator.run(cut_list.build(cut), operands)
+    _, *dealt = emulator.run(cut_list.build(cut._replace(a_round=a_round)), operands)
+    of_plain, of_dealt = ([tuple(row) for row in zip(*x, strict=True)] for x in (plain, dealt))
+    count = int(count[0])
+    assert count == len(given) == runs * tiles
+    assert sorted(of_plain[:count]) == sorted(of_dealt[:count])
+    if not low:
+        assert of_plain[:count] == of_dealt[:count]
+        return
+    rows = np.full(-(-count // a_round) * a_round, -1)
+    rows[:count] = (dealt[2] - dealt[1])[:count]
+    rounds = rows.reshape(-1, a_round)  # a column is a CTA's
+    assert (np.diff(rounds[:-1], axis=0) <= 0).all()
+    assert (rounds[-1, low:] == -1).all()
+    assert rounds[:, :low].max() <= rounds[:-1, low:].min()
+    if a_round % tiles == 0:
+        experts = np.full(len(rows), -1)
+        experts[:count] = dealt[0][:count]
+        parts = experts.reshape(len(rounds), -1, tiles)
+        assert (parts == parts[..., :1]).all()
+
+
 class _Memory:
     """An array as a kernel reads it: by an index, or a slice that begins at one."""
 
