@@ -204,7 +204,7 @@ class _Body:
             ]
             places = self.by_class(classes)
         if cut.a_round:
-            places = self.dealt(places, used, everything % _OPEN)
+            places = self.dealt(places, used)
         for block, expert, run, place in zip(self.blocks, experts, runs, places, strict=True):
             with t.if_(block < used):
                 self.tile(block, expert, run, place)
@@ -267,23 +267,16 @@ class _Body:
             before = before + of_low + everything // _COUNT
         return places
 
-    def dealt(self, places: list[Int], used: Int, runs: Int) -> list[Int]:
+    def dealt(self, places: list[Int], used: Int) -> list[Int]:
         """The same places, dealt out: the CTAs that take a tile of the last round, which as a rule not all of
         them do, have the lowest tiles in all rounds, and the others the tallest ones. All have about as much
         to do then, and tiles of few rows, which wait for weights, run beside those that wait for the tensor
-        cores.
-
-        So many CTAs that as many runs as there is room for begin and end with a round. The order remains
-        where these would be more than two thirds of them: the others, all of whose tiles are tall, would end
-        last.
+        cores. The order remains where these would be more than two thirds of them: the others, all of whose
+        tiles are tall, would end last.
         """
         t, a_round = self.t, self.cut.a_round
-        each = (used * 2 + runs) // t.select(runs > 0, runs * 2, 1)  # tiles of a mean run
-        each = t.select(each > 0, each, 1)
         rounds = (used + (a_round - 1)) // a_round
         low = used - (rounds - 1) * a_round  # tiles of the last round
-        whole = (low + (each - 1)) // each * each
-        low = t.select((t.const(a_round) % each).eq(0), whole, low)
         low = t.select(low * 3 > 2 * a_round, a_round, low)  # all of them: as they are
         high = a_round - low
         tall, width = high * (rounds - 1), t.select(high > 0, high, 1)
