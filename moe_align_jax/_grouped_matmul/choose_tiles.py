@@ -62,6 +62,13 @@ _LEAST_MEAN_OF_FOUND = 64  # rows of a group, of more than a few
 # Trimmed, medians of four turns: 2583 to 2571, the input gradient 2616 to 2601. In blocks of 192,
 # found, in groups of 3, as many as an expert has: 2586 and 2599 even, 2584 and 2600 with an expert's higher
 # tiles beginning with another one in each. Of 184 found: 2622 to 2747.
+# Dealt out (`cut_list._Body.dealt`), the product alone beside the list as sorted, medians of four turns,
+# 2026-11-30:
+#   131072 rows, 7168 -> 1024, 256 experts: blocks of 192 2547, 2501, of 184 2527, 2508; Zipf 2731, 2663
+#   the input gradient of the same: of 192 2573, 2528, of 184 2578, 2558; Zipf, of 192 2834, 2743
+#   to 768 columns, of 192: 1987, 1948; to 1536, of 184: 3915, 3848; 384 experts, of 192: 2737, 2715
+#   more than two thirds of the CTAs have one tile more: to 768, of 184, 1967, 1945; to 1536, of 192, 3870,
+#   3993; 230400 rows, 4096 -> 1024, of 184, 2530, 2547
 # To find the next tile while the ring is full, not behind a tile's loads, lost: the input gradient 2598 to
 # 2613, 131072 rows, 1024 -> 7168 that leave padding 2605 to 2739, gate and up 687 to 691.
 # Groups of "ragged" rows, by a list of tiles or found in the product, late; one call under jit, device span,
