@@ -180,9 +180,9 @@ def lower_ours(inputs: Inputs, implementation: str | None, what: str) -> Any:
     import jax
 
     import moe_align_jax as maj
-    from moe_align_jax._router import fused, kernel
+    from moe_align_jax._router import fused, warp_router
 
-    short_keys = kernel.SHORT_KEYS and not what.endswith(WHOLE_KEYS)
+    short_keys = warp_router.SHORT_KEYS and not what.endswith(WHOLE_KEYS)
     what = what.removesuffix(WHOLE_KEYS)
     size = inputs.size
     options: dict[str, Any] = {"top_k": size.top_k, "implementation": implementation}
@@ -213,7 +213,7 @@ def lower_ours(inputs: Inputs, implementation: str | None, what: str) -> Any:
     config_for = (lambda *_: shape_of(what)) if ":" in what else default
     with (
         mock.patch.object(fused, "config_for", config_for),
-        mock.patch.object(kernel, "SHORT_KEYS", short_keys),
+        mock.patch.object(warp_router, "SHORT_KEYS", short_keys),
     ):
         jax.clear_caches()  # no key of them holds these choices
         return jax.jit(program).lower(inputs.logits)

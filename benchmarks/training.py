@@ -93,8 +93,8 @@ class Layer(NamedTuple):
 # 664, of the input's gradient 707 in place of 663. Since listed tiles are dealt out, three of 192 are faster:
 # 769 beside 767, of the gradient 761 beside 752 (2026-11-30). Since tiles of several heights find themselves,
 # blocks of 144 are faster where K is shorter: from 1024 to 7168 columns 717 beside 687 of 184 and 657 of 128,
-# from 4096 to 1536 772 beside 749 of 176, and from 1536 to 4096, the other's input gradient in another layout,
-# 767 beside 742 of 128.
+# from 4096 to 1536 772 beside 749 of 176, and from 1536 to 4096, the other's input gradient in another
+# layout, 767 beside 742 of 128.
 SIZES: tuple[Product | Layer, ...] = (
     Product("weight gradient", 131072, 7168, 1024, 256),
     Product("weight gradient", 262144, 4096, 1536, 128),

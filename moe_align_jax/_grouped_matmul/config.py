@@ -64,8 +64,8 @@ class Config(NamedTuple):
         trims: with `heights`: a tile loads as many rows of x as it has, not as many as the highest. Of masked
             tiles with `skips`: the second warpgroup's rows are not loaded where none of them is in use.
         falling: with `heights` of a list, not `exact`: tiles are taken from the tallest to the lowest, so
-            that all CTAs take about as long for a tile, and remain at the same step. Without a group, and where
-            n tiles divide the CTAs, they are dealt out (`cut_list._Body.dealt`).
+            that all CTAs take about as long for a tile, and remain at the same step. Where n tiles divide the
+            CTAs, and in no group, they are dealt out (`cut_list._Body.dealt`).
         mixes: of blocks, found: where experts seem to be sorted by their rows, tiles of the third of the
             blocks that has most of the experts run beside those of the other two (`tile_order.mixed`): the
             former wait for weights, the latter for the tensor cores. Groups of "ragged" rows are always

@@ -34,8 +34,10 @@ import operator
 from collections.abc import Callable
 
 from moe_align_jax._router import arithmetic as f32
-from moe_align_jax._router import kernel
+from moe_align_jax._router.lanes import Layout
 from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._router.sorting import EIGHT, OUT, descending, greater, greatest, lesser, own
+from moe_align_jax._router.warp_router import Found, Loaded, Router, shortens
 from moe_align_jax._simt.language import WARP, Int
 
 MESSAGE = 4  # words that are sent at once
@@ -50,7 +52,7 @@ type Send = Callable[[list[Int]], None]
 
 def sends_early(problem: RouteProblem) -> bool:
     """Whether `FixedPointRouter.find` calls its `send`: the parts are at most two, whole ones."""
-    return kernel.shortens(problem) and problem.top_k in (MESSAGE, 2 * MESSAGE)
+    return shortens(problem) and problem.top_k in (MESSAGE, 2 * MESSAGE)
 
 
 def packs_ids(problem: RouteProblem) -> bool:
@@ -69,10 +71,10 @@ def inverts_ids(problem: RouteProblem) -> bool:
     return packs_ids(problem) and not problem.may_drop
 
 
-class FixedPointRouter(kernel.Router):
+class FixedPointRouter(Router):
     """A `Router` for problems of which `shortens` holds, with short keys in fixed point."""
 
-    def _make_layout(self) -> kernel.Layout:
+    def _make_layout(self) -> Layout:
         layout, problem = super()._make_layout(), self.problem
         adds_all = problem.scoring == "softmax" and not problem.over_chosen
         several = layout.each % _VECTOR == 0 and layout.each > _VECTOR
@@ -118,19 +120,19 @@ class FixedPointRouter(kernel.Router):
             for logit, bits in zip(logits, self.id_bits, strict=True)
         ]
         if not layout.whole:
-            keys = [t.select(layout.within(j), key, kernel.OUT) for j, key in enumerate(keys)]
+            keys = [t.select(layout.within(j), key, OUT) for j, key in enumerate(keys)]
         return keys
 
-    def find(self, loaded: kernel.Loaded, send: Send | None = None) -> kernel.Found:
+    def find(self, loaded: Loaded, send: Send | None = None) -> Found:
         """As `Router.find`. The experts are sent, too, as soon as they are known, where `sends_early`."""
         return self._find(loaded, functools.partial(self._take_short, send=send))
 
-    def _take_short(self, loaded: kernel.Loaded, send: Send | None = None) -> Int:
+    def _take_short(self, loaded: Loaded, send: Send | None = None) -> Int:
         t, mask = self.t, self.id_mask
         keys = self._short_keys(loaded.words)
         bests, nearest, lists = self._rounds(keys)
         # Of a list whose four were all taken the fifth may be greater than what was taken instead.
-        spent = [one[0].eq(kernel.OUT) for one in lists[: self._num_cut]]
+        spent = [one[0].eq(OUT) for one in lists[: self._num_cut]]
         doubts = nearest.below(mask + 1)
         # Made ahead of the vote, so that nothing is left to do behind it.
         message = [] if send is None else [t.hidden(word) for word in self._message(bests)]
@@ -142,7 +144,7 @@ class FixedPointRouter(kernel.Router):
             with t.if_(sure):
                 send(self._real_only(loaded, message))
             t.warp_sync()  # else the compiler makes one branch of this one and the next
-        expert = self._id_in(self._own(bests))
+        expert = self._id_in(own(t, self.lane, bests))
 
         def by_ids() -> list[Int]:
             logits, last = [self._finite(x) for x in loaded.words], bests[-1]
@@ -184,7 +186,7 @@ class FixedPointRouter(kernel.Router):
 
     def _second_look(
         self,
-        loaded: kernel.Loaded,
+        loaded: Loaded,
         keys: list[Int],
         bests: list[Int],
         lists: list[list[Int]],
@@ -203,7 +205,7 @@ class FixedPointRouter(kernel.Router):
         """
         t, lane, mask, top_k = self.t, self.lane, self.id_mask, self.problem.top_k
         t.warp_sync()  # the logits that are kept have been stored
-        behind = t.warp_max(functools.reduce(self._greater, (one[0] for one in lists)))
+        behind = t.warp_max(greatest(t, (one[0] for one in lists)))
         counts = [t.select((key | mask) >= bests[-1], 1, 0) for key in keys]
         while len(counts) > 1:
             # A tree, and hidden: the compiler would add one after the other, and each waits for the last.
@@ -211,7 +213,7 @@ class FixedPointRouter(kernel.Router):
             counts = [t.hidden(a + b) for a, b in pairs] + counts[len(counts) & ~1 :]
         count = t.warp_sum(counts[0])
 
-        key = self._own([*bests, behind])
+        key = own(t, lane, [*bests, behind])
         expert = self._id_in(key)
         value = f32.order(self._reload(loaded.token, expert))
         after = (lane + 1) & (WARP - 1)
@@ -237,23 +239,24 @@ class FixedPointRouter(kernel.Router):
         """Of `_lists`, those that are cut to four: whole eights. Not where a lane may hold fewer experts than
         its keys, since such a list seems to have no key left."""
         layout = self.layout
-        return layout.each // kernel.EIGHT if layout.whole else 0
+        return layout.each // EIGHT if layout.whole else 0
 
     def _lists(self, keys: list[Int]) -> list[list[Int]]:
-        eights = [keys[k : k + kernel.EIGHT] for k in range(0, len(keys), kernel.EIGHT)]
+        eights = [keys[k : k + EIGHT] for k in range(0, len(keys), EIGHT)]
         cut, rest = eights[: self._num_cut], eights[self._num_cut :]
-        return [*map(self._greatest_four, cut), *map(self._network, rest)]
+        return [*map(self._greatest_four, cut), *(descending(self.t, keys) for keys in rest)]
 
     def _greatest_four(self, keys: list[Int]) -> list[Int]:
         """Of eight, sorted, descending: of two sorted fours the greater of each pair from opposite ends, in
         a bitonic order, which two turns of comparisons sort."""
-        a, b = self._network(keys[:4]), self._network(keys[4:])
-        four = [self._greater(x, y) for x, y in zip(a, b[::-1], strict=True)]
+        t = self.t
+        a, b = descending(t, keys[:4]), descending(t, keys[4:])
+        four = [greater(t, x, y) for x, y in zip(a, b[::-1], strict=True)]
         for distance in (2, 1):
             for k in range(4):
                 if not k & distance:
                     x, y = four[k], four[k + distance]
-                    four[k], four[k + distance] = self._greater(x, y), self._lesser(x, y)
+                    four[k], four[k + distance] = greater(t, x, y), lesser(t, x, y)
         return four
 
     # -- messages

@@ -18,6 +18,7 @@ from moe_align_jax._align import kernels, tables
 from moe_align_jax._router import kernel as routing
 from moe_align_jax._router import split
 from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._router.warp_router import Router
 from moe_align_jax._simt.language import WARP, WARPGROUP, Kernel, Program, Simt
 from moe_align_jax.types import AlignProblem
 
@@ -78,7 +79,7 @@ def _by_form(problem: RouteProblem, inner: Kernel, num_ctas: int, everyone: int)
         lane, warp = tid & (WARP - 1), tid >> 5
         t.grid_dependency_wait()
         t.launch_dependents()
-        router = routing.Router(t, r, problem, lane)
+        router = Router(t, r, problem, lane)
         first = t.cta_id() * warps + warp
         tokens = [first + k for k in range(0, problem.num_tokens, everyone)]
         # All tokens' logits are asked for before one of them is waited for.

@@ -25,7 +25,7 @@ from typing import Any
 
 from moe_align_jax._align.kernels import common
 from moe_align_jax._core.int32 import cdiv
-from moe_align_jax._router import fixed_point
+from moe_align_jax._router import fixed_point, warp_router
 from moe_align_jax._router import kernel as routing
 from moe_align_jax._router.problem import RouteProblem
 from moe_align_jax._simt import collectives
@@ -64,7 +64,9 @@ class Split:
         # The barrier of the cluster empties the L1 cache, so that a logit that is loaded again comes from L2.
         # Where two routing warps share a scheduler, it is faster to keep all logits in shared memory:
         # 64 tokens take 2.06 us instead of 2.09 (E = 256, H200, under jit, device spans, 2026-11-29).
-        self.keeps = self.routers > WARPGROUP // WARP and num_ctas > 1 and routing.can_keep(problem)
+        self.keeps = (
+            self.routers > WARPGROUP // WARP and num_ctas > 1 and warp_router.can_keep(problem)
+        )
         self.row = problem.top_k  # words of a token's ids
         if num_ctas > 1:
             self.row = cdiv(problem.top_k, fixed_point.MESSAGE) * fixed_point.MESSAGE
@@ -127,11 +129,11 @@ class Split:
         lane, warp = tid & (WARP - 1), tid >> 5
         t.grid_dependency_wait()
         t.launch_dependents()
-        router: routing.Router
-        if routing.shortens(problem):
+        router: warp_router.Router
+        if warp_router.shortens(problem):
             router = fixed_point.FixedPointRouter(t, r, problem, lane)
         else:
-            router = routing.Router(t, r, problem, lane)
+            router = warp_router.Router(t, r, problem, lane)
         # Dealt out to the CTAs in turns: of 33 to 63 tokens as few schedulers as may be have two routing
         # warps, which wait for each other. 33 tokens take 1.92 us instead of 1.95 (E = 256, H200, under jit,
         # device spans, 2026-11-29).
@@ -145,8 +147,8 @@ class Split:
         self,
         t: Simt,
         r: SimpleNamespace,
-        router: routing.Router,
-        loaded: routing.Loaded,
+        router: warp_router.Router,
+        loaded: warp_router.Loaded,
         token: Int,
         routes: Int,
         aligns: Int,
@@ -175,8 +177,8 @@ class Split:
         self,
         t: Simt,
         r: SimpleNamespace,
-        router: routing.Router,
-        loaded: routing.Loaded,
+        router: warp_router.Router,
+        loaded: warp_router.Loaded,
         token: Int,
     ) -> None:
         """A routing warp of a cluster, with its logits under way."""
@@ -200,7 +202,7 @@ class Split:
 
     def _align_mail(self, t: Simt, r: SimpleNamespace) -> None:
         """An aligning warp of a cluster."""
-        one = routing.hidden_one(t)
+        one = warp_router.hidden_one(t)
         self._clear(t, r)
         before = self._lanes_before(t) if self.by_bytes else []
         self._fill(t, r)
@@ -219,8 +221,8 @@ class Split:
         self,
         t: Simt,
         r: SimpleNamespace,
-        router: routing.Router,
-        loaded: routing.Loaded,
+        router: warp_router.Router,
+        loaded: warp_router.Loaded,
         token: Int,
         routes: Int,
         aligns: Int,
@@ -238,9 +240,9 @@ class Split:
         def choose() -> list[Int]:
             found = router.find(loaded)
             self._keep(t, r, token, found.expert, router.lane)
-            return routing.values_of(found)
+            return warp_router.values_of(found)
 
-        chosen = t.values_if(routes, choose, [0] * routing.num_values(self.problem))
+        chosen = t.values_if(routes, choose, [0] * warp_router.num_values(self.problem))
         t.block_sync()
         with t.if_(routes):
             found = router.found_of(loaded, chosen)

@@ -143,7 +143,7 @@ DEALT = [
 
 @pytest.mark.parametrize(("runs", "tiles", "a_round", "low"), DEALT)
 def test_tiles_that_are_dealt_out(runs, tiles, a_round, low):
-    """The CTAs that take a tile of the last round have the lowest ones in all rounds, each by falling height."""
+    """The CTAs that take a tile of the last round have the lowest ones in all rounds; heights fall."""
     block, rng = 192, np.random.default_rng(0)
     given = [
         (e, pairs)

@@ -10,6 +10,7 @@ import pytest
 import moe_align_jax as maj
 from moe_align_jax._router import fixed_point, fused, kernel, split
 from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._router.warp_router import Router
 from moe_align_jax._simt import emulator, mosaic
 from moe_align_jax.types import AlignProblem
 from tests import oracle
@@ -234,7 +235,7 @@ def looks(monkeypatch):
 
     watch(fixed_point.FixedPointRouter, "_second_look", LOGITS)
     watch(fixed_point.FixedPointRouter, "_inexact_bits", IDS)
-    watch(kernel.Router, "_take_whole", WHOLE)
+    watch(Router, "_take_whole", WHOLE)
     return asked
 
 
@@ -359,7 +360,7 @@ def test_every_marker_in_the_second_look_has_its_mutant():
 def test_more_bits_of_an_id_leave_a_coarser_unit(monkeypatch, num_experts, unit):
     """And 225 experts, of which some lanes hold fewer than their keys, take no whole keys for it."""
     calls = []
-    monkeypatch.setattr(kernel.Router, "_take_whole", lambda router, _: calls.append(router))
+    monkeypatch.setattr(Router, "_take_whole", lambda router, _: calls.append(router))
     program, _ = one_launch(RouteProblem(1, num_experts, 8, renormalize=True), 16)
     logits = np.full((1, num_experts), -9, F32)
     logits[0, 10:90:10] = unit * np.array([9, 8, 8, 6, 5, 5, 4, 3])
