@@ -1,9 +1,7 @@
 """One launch whose warps have two tasks: some choose experts, a token each; the others align what was chosen.
 
-A token names an expert at most once, so the pairs of an expert are told by its tokens alone, up to 64 of
-them: the bits of a word, or of two. Atomic additions in shared memory set the bits, which no order changes.
-The number of an expert's bits is its count, unless its tokens are counted beside them, and a pair's rank is
-the number of those before its token's.
+A token names an expert at most once, so that bits in shared memory, one for each token of an expert, tell
+counts and ranks (token_bits.py), and these where each expert's blocks begin (first_blocks.py).
 
 While the routing warps wait for logits, the aligning warps write all that needs no id: sentinels, and masks
 without a bit. In one CTA the routing warps set the bits themselves, and compute the weights while the others
@@ -11,14 +9,10 @@ align. In a cluster they post their ids to every CTA, in messages of 4 words, an
 these are on their way; the aligning warps of each CTA set the bits of all and write a slice of each output.
 They have a barrier of their own, so that no routing warp waits for them.
 
-Every aligning warp adds up the blocks of all experts itself: a lane has a few neighbouring experts, and the
-sum over the lanes before it comes from one ballot for each bit of a lane's sum.
-
 Bytes: every output written once, the rows and blocks in use twice. Grid: one cluster. Deterministic.
 """
 
 import functools
-import operator
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -27,16 +21,15 @@ from moe_align_jax._align.kernels import common
 from moe_align_jax._core.int32 import cdiv
 from moe_align_jax._router import fixed_point, warp_router
 from moe_align_jax._router import kernel as routing
+from moe_align_jax._router.first_blocks import FirstBlocks
 from moe_align_jax._router.problem import RouteProblem
+from moe_align_jax._router.token_bits import TokenBits
 from moe_align_jax._simt import collectives
 from moe_align_jax._simt.language import WARP, WARPGROUP, Int, Simt
 from moe_align_jax.types import AlignProblem
 
 MAX_TOKENS = 2 * WARP
-_BYTE, _ONES = 255, 0x01010101
-_COUNT_SHIFT = 24
 _MOST_STORES = 8  # of a thread that fills, one after the other
-_MOST_BALLOTS = 9  # a scan takes five shuffles, each of which waits for the one before
 
 
 def takes(align: AlignProblem, num_tokens: int) -> bool:
@@ -58,9 +51,6 @@ class Split:
         self.problem, self.align, self.num_ctas = problem, align, num_ctas
         self.routers = (num_warpgroups - 1) * WARPGROUP // WARP
         self.first_thread, self.threads = self.routers * WARP, WARPGROUP
-        self.words = cdiv(problem.num_tokens, WARP)  # of an expert's mask
-        self.each = cdiv(align.num_experts, 4 * WARP) * 4  # experts of a lane
-        self.stride = self.each * WARP
         # The barrier of the cluster empties the L1 cache, so that a logit that is loaded again comes from L2.
         # Where two routing warps share a scheduler, it is faster to keep all logits in shared memory:
         # 64 tokens take 2.06 us instead of 2.09 (E = 256, H200, under jit, device spans, 2026-11-29).
@@ -75,29 +65,8 @@ class Split:
         if self.packs:
             self.row = problem.top_k // 2
         self.num_words = problem.num_tokens * self.row
-        self.most_blocks = cdiv(problem.num_tokens, align.block_size)  # of an expert
-        # Where an expert may have several blocks, its tokens are counted beside its bits: in the same word,
-        # where that has room, so that one addition does both, or in a byte or a word of their own.
-        self.packed = self.most_blocks > 1 and problem.num_tokens <= _COUNT_SHIFT
-        self.counted = self.most_blocks > 1 and not self.packed
-        self.in_lanes = self.each <= 8 and self.each * self.most_blocks <= _BYTE
-        size = align.block_size
-        if self.words > 1 and self.most_blocks == 1:
-            # A byte is shorter to read than two words of bits: 64 tokens in blocks of 64 rows take 2.16 us
-            # instead of 2.28 (E = 256, H200, under jit, device spans, 2026-11-29).
-            fits_bytes = size & (size - 1) == 0 and problem.num_tokens + size - 1 <= _BYTE
-            self.counted = self.in_lanes and fits_bytes
-        # Four counts to a word, which `_starts` rounds up to blocks at once.
-        self.bytes = self.counted and self.in_lanes and size & (size - 1) == 0
-        # Of more than 32 tokens an aligning thread reads counts and first blocks of its pairs' experts as
-        # bytes (`_starts_by_bytes`); up to 32 it has fewer pairs, and shuffles bring them.
-        self.by_bytes = self.bytes and self.words > 1
-
-    @property
-    def _cells(self) -> int:
-        """Words of the masks, and of the counts behind them."""
-        counts = self.stride // 4 if self.bytes else self.stride
-        return self.words * self.stride + self.counted * counts
+        self.bits = TokenBits(problem, align, self.packs)
+        self.blocks = FirstBlocks(self.bits, align)
 
     @property
     def _late_outputs(self) -> list[str]:
@@ -108,18 +77,12 @@ class Split:
     @property
     def shared(self) -> dict[str, int]:
         """Words of each shared-memory array."""
-        arrays = {"masks": self._cells}
+        arrays = {"masks": self.bits.cells}
         if self.num_ctas == 1:
             arrays["chosen"] = self.num_words
         if self.keeps:
             arrays["kept"] = self.routers * self.problem.num_experts
-        if self.by_bytes:
-            # Of each aligning warp: the first block of each expert among its lane's, and each lane's blocks.
-            arrays["firsts"] = self.threads // WARP * self.stride // 4
-            arrays["sums"] = self.threads // WARP * WARP // 4
-        if not self.in_lanes:
-            arrays["starts"] = self.threads // WARP * self.stride
-        return arrays
+        return arrays | self.blocks.shared
 
     def body(self, t: Simt, r: SimpleNamespace) -> None:
         """The kernel's body: the first warps choose the experts of a token each, the last warpgroup aligns
@@ -204,7 +167,7 @@ class Split:
         """An aligning warp of a cluster."""
         one = warp_router.hidden_one(t)
         self._clear(t, r)
-        before = self._lanes_before(t) if self.by_bytes else []
+        before = self.blocks.lanes_before(t, self._thread(t))
         self._fill(t, r)
         # Else their addresses are loaded again behind the mail.
         outputs = {name: t.held(getattr(r, name), one - 1) for name in self._late_outputs}
@@ -213,7 +176,7 @@ class Split:
         t.tail_sync()
         pairs = self._experts(t, r, t.mail())
         for pair, expert in pairs:
-            self._set_bit(t, r, pair // self.problem.top_k, expert)
+            self.bits.add(t, r, pair // self.problem.top_k, expert)
         t.tail_sync()
         self._align(t, r, pairs, before)
 
@@ -283,47 +246,20 @@ class Split:
             pair = token * self.problem.top_k + lane
             limit = common.pair_limit(t, r, self.align)
             loaded = common.LoadedId(pair, lane < self.problem.top_k, (expert,))
-            self._set_bit(t, r, token, common.expert_of(t, r, self.align, loaded, limit))
-
-    def _set_bit(self, t: Simt, r: SimpleNamespace, token: Int, expert: Int) -> None:
-        """Notes that the token chose the expert, and counts it where counts are kept. Nothing of an expert of
-        -1."""
-        with t.if_(expert >= 0):
-            cell = expert
-            if self.words > 1:
-                cell = cell + (token >> 5) * self.stride
-            bit = t.const(1) << (token & (WARP - 1))
-            t.atomic_add(r.masks, cell, bit + (1 << _COUNT_SHIFT) if self.packed else bit)
-            if self.bytes:
-                one = t.const(1) << ((expert & 3) << 3)
-                t.atomic_add(r.masks, (expert >> 2) + self.words * self.stride, one)
-            elif self.counted:
-                t.atomic_add(r.masks, expert + self.words * self.stride, 1)
+            self.bits.add(t, r, token, common.expert_of(t, r, self.align, loaded, limit))
 
     # -- the aligning warps
 
-    def _mine(self, t: Simt) -> dict[str, Any]:
-        """Who I am among the aligning threads, for a fill."""
-        return {"thread": t.thread_id() - self.first_thread, "threads": self.threads}
+    def _thread(self, t: Simt) -> Int:
+        """My number among the aligning threads."""
+        return t.thread_id() - self.first_thread
 
     def _clear(self, t: Simt, r: SimpleNamespace) -> None:
         """Masks without a bit."""
-        collectives.fill(t, r.masks, 0, self._cells, vector=True, **self._mine(t))
-        if self.by_bytes:
-            word = t.thread_id() - self.first_thread
-            with t.if_(word < self.threads // 4):
-                t.store(r.sums, word, 0)
-
-    def _lanes_before(self, t: Simt) -> list[Int]:
-        """A byte for each lane of the warp, 1 for those before mine and 0 for the others. Made ahead of the
-        mail, and hidden, so that none of it is left to do behind it."""
-        lane = (t.thread_id() - self.first_thread) & (WARP - 1)
-        words = []
-        for k in range(WARP // 4):
-            below = (t.const(1) << ((lane & 3) << 3)) - 1  # in the word that has my own lane
-            own = t.select((lane >> 2).eq(k), below & _ONES, 0)
-            words.append(t.hidden(t.select((lane >> 2) > k, t.const(_ONES), own)))
-        return words
+        thread = self._thread(t)
+        mine = {"thread": thread, "threads": self.threads}
+        collectives.fill(t, r.masks, 0, self.bits.cells, vector=True, **mine)
+        self.blocks.clear(t, r, thread)
 
     def _fill(self, t: Simt, r: SimpleNamespace) -> None:
         """Sentinels, in my CTA's slices."""
@@ -336,7 +272,7 @@ class Split:
         loop loads the output's address and asks for the CTA's number again: five turns, as of 64 tokens in
         blocks of 64 rows, ended behind the mail."""
         part = common.Slice(t, size)
-        thread = t.thread_id() - self.first_thread
+        thread = self._thread(t)
         step = self.threads * 4
         if self.num_ctas == 1 or part.length > _MOST_STORES * step:
             part.fill(ref, value, vector=True, thread=thread, threads=self.threads)
@@ -356,7 +292,7 @@ class Split:
     def _experts(self, t: Simt, r: SimpleNamespace, ids: Any) -> list[tuple[Int, Int]]:
         """(pair, its group) of each of my pairs, -1 past the end and for one that is dropped."""
         align = self.align
-        first = t.thread_id() - self.first_thread
+        first = self._thread(t)
         limit = common.pair_limit(t, r, align)
         if self.packs:
             return self._packed_experts(t, r, ids, first, limit)
@@ -414,25 +350,18 @@ class Split:
         pairs: list[tuple[Int, Int]],
         before: Sequence[Int] = (),
     ) -> None:
-        """`pairs`: `_experts`; `before`: `_lanes_before`."""
+        """`pairs`: `_experts`; `before`: `FirstBlocks.lanes_before`."""
         align, problem = self.align, self.problem
-        tid = t.thread_id() - self.first_thread
+        tid = self._thread(t)
         lane, warp = tid & (WARP - 1), tid >> 5
-        first = lane * self.each
-        if self.bytes:
-            at = lane * (self.each // 4) + self._first_counted
-            masks = [[t.load(r.masks, at + k) for k in range(self.each // 4)]]
-        else:
-            masks = [
-                [x for k in range(0, self.each, 4) for x in t.load4(r.masks, first + (at + k))]
-                for at in range(self._first_counted, self._cells, self.stride)
-            ]
+        first = lane * self.bits.each
+        masks = self.bits.of_lane(t, r, lane, first)
         safe = [t.select(expert >= 0, expert, 0) for _, expert in pairs]
         ranks = [
-            self._rank(t, r, expert, pair // problem.top_k, number)
+            self.bits.rank(t, r, expert, pair // problem.top_k, number)
             for number, ((pair, _), expert) in enumerate(zip(pairs, safe, strict=True))
         ]
-        starts, total = self._starts(t, r, masks, safe, lane, warp, before)
+        starts, total = self.blocks.starts(t, r, masks, safe, lane, warp, before)
 
         rows, names = common.Slice(t, align.capacity), common.Slice(t, align.num_blocks)
         sizes = common.Sizes(t, r, align)
@@ -442,7 +371,7 @@ class Split:
             with rows.holding(row, kept):
                 t.store(r.sorted_token_ids, row, pair)
             block, opens = start, rank.eq(0)
-            if self.most_blocks > 1:
+            if self.bits.most_blocks > 1:
                 block = start + rank // align.block_size
                 opens = (rank % align.block_size).eq(0)
             with names.holding(block, kept & opens):
@@ -453,187 +382,11 @@ class Split:
                 common.write_inverse(t, r, align, sizes, pair, expert, row)
         with t.if_(t.cta_id().eq(0) & warp.eq(0)):
             if align.return_counts:
-                for j in range(self.each):
+                for j in range(self.bits.each):
                     with t.if_(first + j < align.num_experts):
-                        count = self._count(
-                            t, [word[j // 4 if self.bytes else j] for word in masks], j
+                        count = self.bits.count(
+                            t, [word[j // 4 if self.bits.bytes else j] for word in masks], j
                         )
                         t.store(r.tokens_per_expert, first + j, count)
             with t.if_(lane.eq(WARP - 1)):
                 t.store(r.num_tokens_post_padded, 0, total * align.block_size)
-
-    @property
-    def _first_counted(self) -> int:
-        """Where the words begin that say how many tokens an expert has."""
-        return self.words * self.stride if self.counted else 0
-
-    def _count(self, t: Simt, words: list[Int], number: int) -> Int:
-        """The tokens of an expert, of a lane's `number`-th."""
-        if self.bytes:
-            return (words[0] >> 8 * (number & 3)) & _BYTE
-        if self.counted:
-            return words[0]
-        if self.packed:
-            return (words[0] >> _COUNT_SHIFT) & _BYTE
-        return sum((t.popc(word) for word in words), t.const(0))
-
-    def _used(self, t: Simt, words: list[Int]) -> Int:
-        """1 where an expert has a token, else 0."""
-        either = functools.reduce(operator.or_, words)
-        return t.select(either.ne(0), 1, 0)
-
-    def _rank(self, t: Simt, r: SimpleNamespace, expert: Int, token: Int, number: int) -> Int:
-        """The tokens of the expert before that one. `number`: which of a thread's pairs it is, which says in
-        part what token it may be."""
-        below = (t.const(1) << (token & (WARP - 1))) - 1
-        side, threads = (number // 2, 2 * self.threads) if self.packs else (number, self.threads)
-        first = side * threads // self.problem.top_k
-        last = (side * threads + threads - 1) // self.problem.top_k
-        if self.words == 1 or last < WARP:
-            return t.popc(t.load(r.masks, expert) & below)
-        if self.by_bytes and first >= WARP:
-            # Without the word of the first 32 tokens: all but those from this one on.
-            count = t.load_byte(r.masks, expert + self._first_counted * 4)
-            return count - t.popc(t.load(r.masks, expert + self.stride) & (below ^ -1))
-        low, more = t.const(-1), below
-        if first < WARP:
-            high = token >= WARP
-            low, more = t.select(high, -1, below), t.select(high, below, 0)
-        return t.popc(t.load(r.masks, expert) & low) + t.popc(
-            t.load(r.masks, expert + self.stride) & more
-        )
-
-    def _sum_below(self, t: Simt, mine: Int, lane: Int) -> Int:
-        """The sum over the lanes before mine."""
-        bits = (self.each * self.most_blocks).bit_length()
-        if bits > _MOST_BALLOTS:
-            return collectives.warp_inclusive_scan(t, mine, lane) - mine
-        below, total = collectives.lanes_below(t, lane), t.const(0)
-        votes = [t.ballot((mine & (1 << bit)).ne(0)) for bit in range(bits)]
-        for bit, vote in enumerate(votes):
-            total = total + (t.popc(vote & below) << bit)
-        return total
-
-    def _starts(
-        self,
-        t: Simt,
-        r: SimpleNamespace,
-        masks: list[list[Int]],
-        experts: list[Int],
-        lane: Int,
-        warp: Int,
-        before: Sequence[Int],
-    ) -> tuple[list[Int], Int]:
-        """The first block of each of these experts; and, in the last lane, the blocks of all experts.
-        `masks`: of a lane's own experts; `before`: `_lanes_before`."""
-        if self.bytes:
-            # Rounded up to blocks, four experts at once: no sum of a byte comes to 256.
-            size = self.align.block_size
-            shift = size.bit_length() - 1
-            rounded = [(word + _ONES * (size - 1)) >> shift for word in masks[0]]
-            words = [word & (_ONES * (_BYTE >> shift)) for word in rounded]
-            if self.by_bytes:
-                return self._starts_by_bytes(t, r, words, experts, lane, warp, before)
-            return self._starts_in_lanes(t, words, experts, lane)
-        of_expert = [[word[j] for word in masks] for j in range(self.each)]
-        if self.most_blocks == 1 and self.each <= 8:
-            # A bit says that an expert has its one block.
-            used = functools.reduce(
-                operator.or_, (self._used(t, x) << j for j, x in enumerate(of_expert))
-            )
-            mine = t.popc(used)
-            base = self._sum_below(t, mine, lane)
-            both, found = (base << 8) | used, []
-            for expert in experts:
-                word = t.shfl(both, expert >> self._shift)
-                below = (t.const(1) << (expert & (self.each - 1))) - 1
-                found.append((word >> 8) + t.popc(word & below))
-            return found, base + mine
-        size = self.align.block_size
-        if self.most_blocks == 1:
-            blocks = [self._used(t, words) for words in of_expert]
-        else:
-            blocks = [
-                (self._count(t, words, j) + (size - 1)) // size for j, words in enumerate(of_expert)
-            ]
-        fours = [blocks[k : k + 4] for k in range(0, self.each, 4)]
-        if not self.in_lanes:
-            mine = sum(blocks, t.const(0))
-            base = running = self._sum_below(t, mine, lane)
-            own = warp * self.stride
-            for k, four in enumerate(fours):
-                starts = []
-                for count in four:
-                    starts.append(running)
-                    running = running + count
-                t.store4(r.starts, own + lane * self.each + 4 * k, tuple(starts))
-            t.warp_sync()
-            return [t.load(r.starts, own + expert) for expert in experts], base + mine
-        four_in_one = [(a | (b << 8)) | ((c | (d << 8)) << 16) for a, b, c, d in fours]
-        return self._starts_in_lanes(t, four_in_one, experts, lane)
-
-    def _starts_in_lanes(
-        self, t: Simt, blocks: list[Int], experts: list[Int], lane: Int
-    ) -> tuple[list[Int], Int]:
-        """As `_starts`, from the blocks of a lane's own experts, a byte each."""
-        words, mine = self._running_sums(t, blocks)
-        base = self._sum_below(t, mine, lane)
-        found = []
-        for expert in experts:
-            source = expert >> self._shift
-            word = t.shfl(words[0], source)
-            if len(words) > 1:
-                word = t.select((expert & 4).ne(0), t.shfl(words[1], source), word)
-            inside = (word >> ((expert & 3) << 3)) & _BYTE
-            found.append(t.shfl(base, source) + inside)
-        return found, base + mine
-
-    def _running_sums(self, t: Simt, blocks: list[Int]) -> tuple[list[Int], Int]:
-        """For each byte the sum of the bytes before it, in words as they are; and the sum of all."""
-        # The bytes of a word times 0x01010101 are their running sums.
-        words, total = [], t.const(0)
-        for counts in blocks:
-            sums = counts * _ONES + total * _ONES
-            words.append(sums - counts)
-            total = (sums >> 24) & _BYTE
-        return words, total
-
-    def _starts_by_bytes(
-        self,
-        t: Simt,
-        r: SimpleNamespace,
-        blocks: list[Int],
-        experts: list[Int],
-        lane: Int,
-        warp: Int,
-        before: Sequence[Int],
-    ) -> tuple[list[Int], Int]:
-        """As `_starts_in_lanes`, but by shared memory, where four pairs of a thread would take 12 shuffles.
-        The sum over the lanes before mine comes from products of bytes, not from ballots."""
-        words, mine = self._running_sums(t, blocks)
-        t.store_byte(r.sums, warp * WARP + lane, mine)
-        at = warp * (self.stride // 4) + lane * len(words)
-        if len(words) == 2:
-            t.store2(r.firsts, at, tuple(words))
-        else:
-            t.store(r.firsts, at, words[0])
-        t.warp_sync()
-        sums = [x for k in (0, 4) for x in t.load4(r.sums, warp * (WARP // 4) + k)]
-        halves = []
-        for k in (0, 4):
-            total = t.const(0)
-            for word, mask in zip(sums[k : k + 4], before[k : k + 4], strict=True):
-                total = t.dot_bytes(word, mask, total)
-            halves.append(total)
-        base = halves[0] + halves[1]
-        found = []
-        for expert in experts:
-            source = expert >> self._shift
-            inside = t.load_byte(r.firsts, warp * self.stride + expert)
-            found.append(t.shfl(base, source) + inside)
-        return found, base + mine
-
-    @property
-    def _shift(self) -> int:
-        """Of an expert, to the lane that has it."""
-        return self.each.bit_length() - 1
