@@ -49,6 +49,12 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.files",
         "moe_align_jax._eplb",
     },
+    "moe_align_jax._eplb.placement_files": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.files",
+        "moe_align_jax._eplb",
+        "lazily moe_align_jax._expert_load.files",
+    },
     "moe_align_jax.eplb": {
         "moe_align_jax._core.checks",
         "moe_align_jax._eplb",
@@ -467,6 +473,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moe_align_jax._expert_load": {
         "moe_align_jax._core.checks",
+        "moe_align_jax._core.files",
         "moe_align_jax._expert_load",
         "moe_align_jax.eplb.balancedness",
     },
