@@ -714,3 +714,27 @@ def test_a_traced_state_is_not_collected():
     words = "collect_expert_load: load must have values on its devices; got a state that jit traces"
     with pytest.raises(TypeError, match=words):
         jax.jit(lambda load: maj.collect_expert_load(load))(make("stat"))
+
+
+def test_counts_and_ids_split_over_explicit_axes_are_recorded():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+    ids = random_ids(0)
+    counts = bincount(ids).astype(np.int32)
+    with jax.set_mesh(mesh):
+        load = make("stat")
+        for layer in range(LAYERS):
+            split = jax.device_put(counts[layer], NamedSharding(mesh, P("a")))
+            load = maj.record_expert_load(load, layer, split)
+        load = maj.commit_expert_load(load)
+        split = jax.device_put(counts, NamedSharding(mesh, P(None, "a")))
+        load = jax.jit(lambda load, x: maj.record_expert_load(load, None, x))(load, split)
+        assert maj.collect_expert_load(load).physical_count.tolist() == [counts.tolist()] * 2
+        sizes = {"num_layers": LAYERS, "num_physical_experts": EXPERTS}
+        recorder = maj.ExpertDistributionRecorder("stat", **sizes)
+        recorder.start_record()
+        with recorder.with_forward_pass():
+            for layer in range(LAYERS):
+                with recorder.with_current_layer(layer):
+                    split = jax.device_put(ids[layer], NamedSharding(mesh, P("a")))
+                    recorder.on_select_experts(split)
+        assert (recorder.dump_record("object")["physical_count"] == counts).all()
