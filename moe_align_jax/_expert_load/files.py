@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-import tempfile
+import secrets
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,16 +38,19 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
         if target.exists() and not target.is_file() and not target.is_dir():
             raise OSError(errno.EINVAL, "no regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        new = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+        # With the mode of any new file. To read the umask is to set it, for all threads, and two that do so
+        # at once may leave it at 0.
+        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        name = new
         with open(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException as error:
         if name is not None:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(
                 error.errno, f"{error.strerror or error} while writing", str(path)
@@ -59,12 +62,6 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
     finally:
         os.close(folder)
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_format(file_format: str) -> None:

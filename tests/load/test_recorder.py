@@ -839,3 +839,16 @@ def test_a_state_of_the_host_goes_on():
     dump = recorder.dump_record("object")
     assert (dump["logical_count"] == [bincount(random_ids(seed)) for seed in (1, 2)]).all()
     assert dump["metadata"] == {1: "second"}
+
+
+def test_files_have_the_mode_of_new_files_and_the_umask_is_left_alone(tmp_path, monkeypatch):
+    """It is the whole process': two threads that set it to read it may leave it at 0."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+            files.write_atomically(tmp_path / "new", lambda file: file.write(b"x"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "new").read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 1
