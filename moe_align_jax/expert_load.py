@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -70,7 +71,7 @@ class ExpertLoad:
 
     def recording(self, on: bool) -> "ExpertLoad":
         """The state with recording switched `on` or off (a bool; anything else is a TypeError): a device
-        value. Compiles nothing, waits for nothing."""
+        value, also inside jit. Compiles nothing, waits for nothing."""
         on = checks.check_bool("recording", "on", on, "True records, False does not.")
         return self._controlled([-1, -2], [0, on])
 
@@ -83,7 +84,8 @@ class ExpertLoad:
             return self
         fork.check("ExpertLoad")
         control = _masked(self.control, np.array([keep], np.int32), np.array([add], np.int32))
-        if self.control.committed:
+        traced = isinstance(self.control, jax.core.Tracer)
+        if not traced and getattr(self.control, "committed", False):
             # Named as before, so that a jitted step is not traced again.
             control = jax.device_put(control, self.control.sharding)
         return dataclasses.replace(self, control=control)
@@ -360,7 +362,7 @@ def collect_expert_load(load: ExpertLoad, *, all_processes: bool = False) -> Loa
         `LoadRecord` of NumPy arrays, int64 sums over the shards; the state stays as it is.
 
     Raises:
-        TypeError: all_processes is no bool.
+        TypeError: all_processes is no bool, or the state is traced: the call stands in a jitted function.
         ValueError: recording is compiled out, or the shards recorded different passes.
 
     Example:
@@ -384,10 +386,18 @@ def collect_expert_load(load: ExpertLoad, *, all_processes: bool = False) -> Loa
 
 
 def _layout_of(function: str, load: ExpertLoad) -> Layout:
-    """The layout of the ring, which a state without a recording mode has not."""
+    """The layout of the ring, which a state without a recording mode has not.
+
+    Raises:
+        TypeError: the state is one that jit traces.   ValueError: it has no mode.
+    """
     if load.layout is None:
         rule, remedy = "have a recording mode", "Make the state with a mode."
         raise ValueError(checks.message(function, "load", rule, None, remedy))
+    if isinstance(load.control, jax.core.Tracer):
+        rule, got = "have values on its devices", "a state that jit traces"
+        remedy = "Return the state from the step, and call it outside."
+        raise TypeError(checks.message(function, "load", rule, got, remedy))
     return load.layout
 
 
@@ -429,8 +439,8 @@ def _bodies(ring: jax.Array, slots: jax.Array, layout: Layout) -> jax.Array:
     return body.reshape(*body.shape[:2], layout.num_layers, layout.width)
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
+def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(jax.device_get(array))
     return np.concatenate([np.asarray(part) for part in _parts(array).values()])
 
@@ -444,8 +454,13 @@ def _of_all_processes(arrays: Any) -> Any:
     return multihost_utils.process_allgather(arrays, tiled=True)
 
 
-def _parts(array: jax.Array) -> dict[int, jax.Array]:
-    """The shards that this process holds, each on its device, by their first row, in order."""
+def _parts(array: jax.Array | np.ndarray) -> dict[int, Any]:
+    """The shards that this process holds, each on its device, by their first row, in order.
+
+    Of a state that was copied to the host (`jax.device_get`, a checkpoint), all of it.
+    """
+    if isinstance(array, np.ndarray):
+        return {0: array}
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return {start: parts[start] for start in sorted(parts)}
 

@@ -216,15 +216,15 @@ class ExpertLocation:
         TensorRT-LLM's load balancer.
 
         Args:
-            path: a .json, .npz, .pt (torch is not needed), .yaml or .yml file (extra `yaml`), or JSON text
-                that begins with "{".
+            path: a .json, .npz, .pt (torch is not needed), .arrow or .parquet (extra `arrow`), .yaml or .yml
+                file (extra `yaml`), or JSON text that begins with "{".
             num_physical_experts, num_gpus: needed to rebalance.
             num_nodes, num_groups, algorithm: for the rebalance.
             dispatch, tokens: of the result.
 
         Raises:
             OSError: the file cannot be read.
-            ImportError: the file is YAML, and pyyaml is not installed.
+            ImportError: the extra that the file needs is not installed.
             TypeError, ValueError: it is damaged or holds no valid placement or load.
         """
         function = "ExpertLocation.from_file"

@@ -32,7 +32,7 @@ def update_expert_weights(
     Args:
         weights: a pytree of jax arrays `[L, Ep, ...]` of any dtype, with `NamedSharding`s over one mesh whose
             dimension 1 is split over `axis_name` and nothing else; dimension 0 is whole; others may be
-            split over other axes.
+            split over other axes. An array that stands in several places is moved once.
         moves: of `plan_expert_moves`, for as many GPUs as the axis has devices.
         axis_name: the expert-parallel mesh axis.
         layers_per_chunk: a chunk. More layers use the links more evenly, and take more memory.
@@ -42,7 +42,7 @@ def update_expert_weights(
 
     Raises:
         TypeError: a leaf is no jax array, or an argument of another type.
-        ValueError: shapes, shardings and plan do not fit.
+        ValueError: shapes, shardings and plan do not fit, or an array was donated before.
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("ep",))
@@ -106,6 +106,11 @@ def _chunks(
     leaves: list[Any], structure: Any, moves: ExpertMoves, axis_name: str, layers_per_chunk: int
 ) -> Iterator[tuple[Any, list[int]]]:
     busy = np.flatnonzero((moves.kind != MoveKind.UNCHANGED).any(axis=1)).tolist()
+    # One array in several places moves once: it is donated, and a second time it would be gone.
+    once = {id(leaf): leaf for leaf in leaves}
+    order = {number: place for place, number in enumerate(once)}
+    places = [order[id(leaf)] for leaf in leaves]
+    leaves = list(once.values())
     # Not fewer where fewer move: the size of a chunk is the shape of a compiled program.
     size = min(layers_per_chunk, len(moves.kind))
     for start in range(0, len(busy), size):
@@ -121,7 +126,7 @@ def _chunks(
             moved = _move_chunk(leaf, on_mesh[mesh], mesh=mesh, spec=spec, axis_name=axis_name)
             # Names the sharding as before; an equivalent one would trace a jitted step again.
             leaves[index] = jax.device_put(moved, leaf.sharding)
-        yield jax.tree.unflatten(structure, leaves), layers
+        yield jax.tree.unflatten(structure, [leaves[place] for place in places]), layers
 
 
 # -- the plan, as tables for the devices ------------------------------------------------------------------
@@ -267,6 +272,12 @@ def _check_leaf(leaf: Any, moves: ExpertMoves, axis_name: str) -> None:
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         rule, remedy = "hold jax arrays with values", "Call it outside jit, on the arrays."
         raise TypeError(checks.message(_FUNCTION, "weights", rule, got, remedy))
+    if leaf.is_deleted():  # found between two moves, the weights that moved would be lost
+        rule, remedy = (
+            "not be deleted",
+            "Pass what the last call returned: it donates its argument.",
+        )
+        fail(_FUNCTION, "weights", rule, f"{got}, which was donated", remedy)
     if leaf.ndim < 2 or leaf.shape[:2] != moves.source.shape:
         rule = f"have shape {checks.leading(moves.source.shape)}"
         fail(_FUNCTION, "weights", rule, got, "Pass [layers, slots, ...], as the plan.")

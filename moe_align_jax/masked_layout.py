@@ -27,7 +27,7 @@ from moe_align_jax._expert_parallel.arguments import (
 from moe_align_jax._layout.rows import copy_to_masked, sum_rows, take_rows
 from moe_align_jax._lowering import export
 from moe_align_jax._lowering.reverse_mode import in_our_words, reverse_mode_only
-from moe_align_jax._lowering.sharding import vary_together
+from moe_align_jax._lowering.sharding import explicit_parts, replicate, vary_together
 
 _I32 = jnp.int32
 
@@ -102,7 +102,7 @@ def permute_to_masked(
 
     Raises:
         TypeError: ids are not integers, a size is not a static int, or a flag no bool.
-        ValueError: a shape does not fit, or e * M exceeds int32.
+        ValueError: a shape does not fit, rows are split over Explicit mesh axes, or e * M exceeds int32.
 
     Example:
         >>> x = jnp.array([[1.0], [2.0]])
@@ -120,10 +120,11 @@ def permute_to_masked(
     ids = check_ids(function, topk_ids)
     num_tokens, top_k = ids.shape
     x = check_rows(function, "x", x, (num_tokens,), "Pass arrays of one row per token.")
+    _check_whole(function, "x", x, 1)
     rows_per_expert = check_rows_per_expert(
         function, max_tokens_per_expert, num_experts, num_tokens, top_k
     )
-    ids = narrow_on_host(ids, num_experts)
+    ids = replicate(jnp.asarray(narrow_on_host(ids, num_experts)))
     if num_tokens == 0:
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros((num_experts, rows_per_expert, *leaf.shape[1:]), leaf.dtype), x
@@ -144,6 +145,15 @@ def _zeros(*shapes: tuple[int, ...]) -> list[jax.Array]:
     refuses a shard_map's body whose arguments are all such and whose results are not.
     """
     return [jnp.zeros(shape, _I32) for shape in shapes]
+
+
+def _check_whole(function: str, argument: str, tree: Any, axes: int) -> None:
+    """Rows of any device may go to any: over Explicit mesh axes they are not split."""
+    for leaf in jax.tree.leaves(tree):
+        if any(explicit_parts(leaf, axis) > 1 for axis in range(axes)):
+            rule, got = "not have rows split over Explicit mesh axes", str(jax.typeof(leaf))
+            remedy = "Call it inside jax.shard_map, or gather them with jax.reshard."
+            raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
 def check_rows_per_expert(
@@ -206,7 +216,7 @@ def unpermute_from_masked(
 
     Raises:
         TypeError: y, the weights or out_dtype are not floating point, or the layout is none.
-        ValueError: a shape does not fit the layout.
+        ValueError: a shape does not fit the layout, or y's rows are split over Explicit mesh axes.
 
     Example:
         >>> x = jnp.array([[1.0], [2.0]])
@@ -220,6 +230,7 @@ def unpermute_from_masked(
     check_layout(function, layout, MaskedLayout, "permute_to_masked")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
+    _check_whole(function, "y", y, len(shape))
     flat = y.reshape(shape[0] * shape[1], *y.shape[2:])
     return _unpermute(function, flat, layout, topk_weights, out_dtype)
 
@@ -249,7 +260,8 @@ def permute_to_contiguous(
 
     Raises:
         TypeError: ids are not integers, a size is not a static int, or a flag no bool.
-        ValueError: a shape or a size does not fit, or P exceeds int32.
+        ValueError: a shape or a size does not fit, rows are split over Explicit mesh axes, or P exceeds
+            int32.
 
     Example:
         >>> x = jnp.array([[1.0], [2.0]])
@@ -269,6 +281,7 @@ def permute_to_contiguous(
     )
     ids = check_ids(function, topk_ids)
     x = check_rows(function, "x", x, ids.shape[:1], "Pass arrays of one row per token.")
+    _check_whole(function, "x", x, 1)
     rows = None
     if max_num_rows is not None:
         remedy = "Pass a multiple of expert_alignment."
@@ -277,7 +290,7 @@ def permute_to_contiguous(
             rule = f"be a multiple of expert_alignment ({alignment})"
             raise ValueError(checks.message(function, "max_num_rows", rule, rows, remedy))
 
-    ids = narrow_on_host(ids, num_experts)
+    ids = replicate(jnp.asarray(narrow_on_host(ids, num_experts)))
     if ids.shape[0] == 0:
         layout = ContiguousLayout(*_zeros((0,), (num_experts,), (num_experts,), ids.shape, (0,)))
         return vary_together((jax.tree.map(jnp.zeros_like, x), layout, (x, ids)))[:2]
@@ -348,7 +361,7 @@ def unpermute_from_contiguous(
 
     Raises:
         TypeError: y, the weights or out_dtype are not floating point, or the layout is none.
-        ValueError: a shape does not fit the layout.
+        ValueError: a shape does not fit the layout, or y's rows are split over Explicit mesh axes.
 
     Example:
         >>> x = jnp.array([[1.0], [2.0]])
@@ -362,6 +375,7 @@ def unpermute_from_contiguous(
     check_layout(function, layout, ContiguousLayout, "permute_to_contiguous")
     shape = layout.pair_of_row.shape
     y = check_rows(function, "y", y, shape, "Pass the rows of the layout.", floating=True)
+    _check_whole(function, "y", y, len(shape))
     return _unpermute(function, y, layout, topk_weights, out_dtype)
 
 
@@ -374,6 +388,7 @@ def _unpermute(function: str, y: Any, layout: Any, weights: Any, out_dtype: Any)
             rule = f"have shape {list(shape)}"
             got = checks.describe(weights)
             raise ValueError(checks.message(function, "topk_weights", rule, got, remedy))
+        weights = replicate(jnp.asarray(weights))
     out_dtype = check_out_dtype(function, out_dtype, y.dtype)
     rows = layout.row_of_pair, layout.pair_of_row.reshape(-1)
     with in_our_words(function):

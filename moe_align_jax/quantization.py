@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._core.fp8 import GROUP
+from moe_align_jax._core.fp8 import GROUP, GROUPS_PER_WORD
+from moe_align_jax._lowering.sharding import explicit_parts
 from moe_align_jax._masked_quant import casts
 from moe_align_jax._masked_quant.problem import (
     FORMATS,
@@ -59,7 +60,8 @@ def quantize_rowwise(
 
     Raises:
         TypeError: x has another dtype, or an option is not static.
-        ValueError: K is no multiple of 128, or an option is out of range.
+        ValueError: K is no multiple of 128 (on each device of Explicit mesh axes that it is split over; 512
+            for packed scales), or an option is out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -81,6 +83,7 @@ def quantize_rowwise(
         rule = f"have a last dimension that is a multiple of {GROUP}"
         remedy = "Pad K with zeros: a scale belongs to 128 columns."
         raise ValueError(checks.message(function, "x", rule, checks.describe(x), remedy))
+    _check_parts(function, "x", x, -1, GROUP * GROUPS_PER_WORD if packed else GROUP)
     return casts.rowwise(
         x,
         scale_format=scale_format,
@@ -116,7 +119,8 @@ def quantize_blockwise(
 
     Raises:
         TypeError: w has another dtype, or an option is not static.
-        ValueError: w has fewer than two axes, or an option is out of range.
+        ValueError: w has fewer than two axes; N or K is split over Explicit mesh axes otherwise than in whole
+            blocks; or an option is out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,6 +133,8 @@ def quantize_blockwise(
     function = "quantize_blockwise"
     w = _check_values(function, "w", w, "[..., N, K]")
     _check_choice(function, "scale_format", scale_format, FORMATS[:2])
+    for axis in (-2, -1):
+        _check_parts(function, "w", w, axis, GROUP)
     return casts.blockwise(
         w,
         scale_format=scale_format,
@@ -152,6 +158,16 @@ def _check_values(function: str, argument: str, value: Any, shape: str) -> Any:
         rule, remedy = f"have shape {shape}", "Scales belong to rows and columns."
         raise ValueError(checks.message(function, argument, rule, got, remedy))
     return value
+
+
+def _check_parts(function: str, argument: str, value: Any, axis: int, size: int) -> None:
+    """Where Explicit mesh axes divide a dimension, each device has whole scales of it."""
+    parts = explicit_parts(value, axis)
+    if parts > 1 and value.shape[axis] % (parts * size):
+        rule = f"have a multiple of {size} in dimension {axis} on each device of Explicit mesh axes"
+        got = f"{value.shape[axis]} over {parts} devices"
+        remedy = "Call it inside jax.shard_map, or gather that dimension with jax.reshard."
+        raise ValueError(checks.message(function, argument, rule, got, remedy))
 
 
 def _check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:

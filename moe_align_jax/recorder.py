@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.core
 import numpy as np
 
 from moe_align_jax import expert_load
@@ -139,11 +140,21 @@ class ExpertDistributionRecorder:
 
     @property
     def state(self) -> expert_load.ExpertLoad:
-        """The state, for a step to take; assign what the step returns."""
+        """The state, for a step to take; assign what the step returns, outside of jit.
+
+        Raises:
+            TypeError: what is assigned is no `ExpertLoad` with values; the recorder keeps the one it has.
+        """
         return self._state
 
     @state.setter
     def state(self, state: expert_load.ExpertLoad) -> None:
+        # At once, and not hours later in a dump.
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state))
+        if traced or not isinstance(state, expert_load.ExpertLoad):
+            got = "one that jit traces" if traced else checks.describe(state)
+            remedy = "Assign the state that the step returned, outside of jit."
+            fail(_NAME, "state", "be an ExpertLoad with values", got, remedy, TypeError)
         self._state = state
         self._current.wrote |= not self._disabled
 
@@ -413,7 +424,10 @@ class ExpertDistributionRecorder:
     def _next_pass(self) -> Any:
         """The pass id that the state gives next: a copy on the device, as the state may be donated."""
         with self._lock:
-            return passes.next_pass(self._state.control.addressable_shards[0].data)
+            control = self._state.control
+            if isinstance(control, jax.Array):
+                control = control.addressable_shards[0].data
+            return passes.next_pass(control)
 
     def _disable(self, change: int) -> None:
         with self._lock:
@@ -468,8 +482,9 @@ class ExpertDistributionRecorder:
             dump["physical_to_logical_maps"] = maps[changed]
             dump["map_of_pass"] = np.searchsorted(changed, np.arange(len(maps)), side="right") - 1
         kept = set(record.forward_pass_id.tolist())
+        # By the ids that the rows have: of two passes with one row, what was said of the later.
         dump["metadata"] = {
-            number: each
+            number & 0xFFFFFFFF: each
             for each in self._metadata
             for number in range(int(each.first), int(each.last))
             if number & 0xFFFFFFFF in kept

@@ -258,7 +258,8 @@ def eplb_command(
         heatmap=heatmap,
         overwrite=overwrite,
     )
-    _exit(eplb.run(_console(), files, options))
+    console = _console()
+    _guarded(console, lambda: eplb.run(console, files, options))
 
 
 @app.command(

@@ -19,7 +19,7 @@ from moe_align_jax import (
 )
 from moe_align_jax._cli import heatmap
 from moe_align_jax._core.checks import fail
-from moe_align_jax._core.files import read_file
+from moe_align_jax._core.files import is_table, read_file
 from moe_align_jax._eplb import loads, maps, placement_files
 from moe_align_jax._expert_load.files import read_table, write_atomically
 
@@ -99,6 +99,8 @@ def run(console: Console, files: Sequence[Path], options: Options) -> int:
         moves, lost = _moves(in_force, new, options)
 
     names = ("trivial" if in_force is None else "in force", "EPLB")
+    # Before anything is printed: who reads that may be gone (`| head -1`), and the disk under it full.
+    lines, failed = _write_files(files, options, new, sides, names)
     console.print(_table(history, placement.expert_count, sides, moves, names))
     _print_summary(console, sides, moves, names)
     if lost:
@@ -108,28 +110,44 @@ def run(console: Console, files: Sequence[Path], options: Options) -> int:
             highlight=False,
             soft_wrap=True,
         )
-    text = placement_files.to_text(new, options.num_gpus, options.format, options.first_layer)
-    written: list[tuple[str, Path, str]] = [("placement", options.placement, text)]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if failed is not None:
+        console.print(
+            f"[bold red]Not written:[/] {escape(str(failed))}", highlight=False, soft_wrap=True
+        )
+        return 1
+    return 0
+
+
+def _write_files(
+    files: Sequence[Path],
+    options: Options,
+    slots: np.ndarray,
+    sides: "list[_Worth]",
+    names: tuple[str, str],
+) -> tuple[list[str], OSError | None]:
+    """(what to say of each file; what stopped the first that could not be written)."""
+    text = placement_files.to_text(slots, options.num_gpus, options.format, options.first_layer)
+    texts: list[tuple[str, Path, str]] = [("placement", options.placement, text)]
     if options.report is not None:
-        written.append(("report", options.report, _report(options, files, sides, names)))
+        texts.append(("report", options.report, _report(options, files, sides, names)))
+    lines: list[str] = []
     try:
-        for what, path, contents in written:
+        for what, path, contents in texts:
             _write(path, contents)
-            console.print(f"{what}: {escape(str(path))}", highlight=False, soft_wrap=True)
+            lines.append(f"{what}: {path}")
         titles = tuple(
             f"{name}: balancedness {_number(side.mean)}"
             for name, side in zip(names, sides, strict=True)
         )
         heatmap.draw(sides[0].per_gpu, sides[1].per_gpu, options.picture, (titles[0], titles[1]))
-        console.print(f"heat map: {escape(str(options.picture))}", highlight=False, soft_wrap=True)
+        lines.append(f"heat map: {options.picture}")
     except ImportError:
-        console.print(heatmap.MISSING, markup=False, highlight=False, soft_wrap=True)
+        lines.append(heatmap.MISSING)
     except OSError as error:
-        console.print(
-            f"[bold red]Not written:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        return 1
-    return 0
+        return lines, error
+    return lines, None
 
 
 # -- reading ----------------------------------------------------------------------------------------------
@@ -138,9 +156,7 @@ _LOADS = "Pass loads: a recorder's dump, or JSON with logical_count. A placement
 
 
 def _read(file: Path) -> dict[str, Any]:
-    with open(file, "rb") as opened:
-        start = opened.read(6)
-    if start.startswith((b"PAR1", b"ARROW1")):
+    if is_table(file, function=_FUNCTION):
         return read_table(file)
     return read_file(file, function=_FUNCTION)
 
@@ -152,21 +168,19 @@ def _in_force(
     layers, num_logical = history.shape[1:]
     if options.previous is None:
         slots = loads.map_of_files(named, function=_FUNCTION)
-        if slots is None:
-            return None
-        slots, _ = maps.check_map(_FUNCTION, slots, num_logical)
+        if slots is not None:
+            slots, _ = maps.check_map(_FUNCTION, slots, num_logical)
         num_gpus = options.previous_num_gpus or options.num_gpus
-        if len(slots) != layers or slots.shape[1] % num_gpus:
+        if slots is None or len(slots) != layers or slots.shape[1] % num_gpus:
+            if options.previous_num_gpus is not None:
+                got = "none" if slots is None else f"{slots.shape[1]} slots in {len(slots)} layers"
+                rule = f"come with a placement in force of {layers} layers on {num_gpus} GPUs"
+                remedy = "Name it with --previous, or leave the option out."
+                fail(_FUNCTION, "--previous-num-gpus", rule, got, remedy)
             return None
         return _InForce(slots, num_gpus)
     option = f"--previous {str(options.previous)!r}"
-    with open(options.previous, "rb") as opened:
-        table = opened.read(6).startswith((b"PAR1", b"ARROW1"))
-    contents = (
-        read_table(options.previous)
-        if table
-        else placement_files.read(options.previous, function=_FUNCTION)
-    )
+    contents = placement_files.read(options.previous, function=_FUNCTION)
     function = f"{_FUNCTION}: {option}"
     found = placement_files.find(contents, function=function)
     if found is None:
@@ -262,6 +276,11 @@ def _check_outputs(files: Sequence[Path], options: Options) -> None:
     outputs = {"--out": options.placement, "--heatmap": options.picture}
     if options.report is not None:
         outputs["--report"] = options.report
+    for option, path in outputs.items():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            # A file would take the place of the pipe or device itself, even of /dev/null.
+            remedy = "Name a file, and print that."
+            fail(_FUNCTION, option, "be a file", f"the pipe or device {path}", remedy)
     inputs = {file.resolve() for file in files}
     taken: dict[Path, str] = {}
     for option, path in outputs.items():

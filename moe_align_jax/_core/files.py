@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import stat
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -43,9 +44,10 @@ def read_file(path: str | os.PathLike[str], *, function: str = "read_file") -> d
 
     Raises:
         OSError: the file cannot be opened or read.
-        ValueError: it is damaged, of another kind, or holds something other than plain data.
+        ValueError: it is damaged, a pipe, of another kind, or holds something other than plain data.
     """
     name = os.fspath(path)
+    check_is_no_pipe(name, function=function)
     with open(name, "rb") as file:
         start = file.read(4)
         file.seek(0)
@@ -63,6 +65,29 @@ def read_file(path: str | os.PathLike[str], *, function: str = "read_file") -> d
             raise ValueError(
                 checks.message(function, "file", "be readable", f"{name!r} ({reason})", _REMEDY)
             ) from error
+
+
+def check_is_no_pipe(path: str | os.PathLike[str], *, function: str) -> None:
+    """Refuses what gives its bytes once, such as bash's `<(command)`: files are opened more than once.
+
+    Raises:
+        OSError: there is no such file.   ValueError: it is a pipe or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        got, remedy = f"{os.fspath(path)!r}, a pipe or a device", "Write it to a file first."
+        raise ValueError(checks.message(function, "file", "be a regular file", got, remedy))
+
+
+def is_table(path: str | os.PathLike[str], *, function: str) -> bool:
+    """Whether a file is one of Arrow or Parquet, which `_expert_load.files.read_table` reads.
+
+    Raises:
+        OSError, ValueError: as `check_is_no_pipe`.
+    """
+    check_is_no_pipe(path, function=function)
+    with open(path, "rb") as file:
+        return file.read(6).startswith((b"PAR1", b"ARROW1"))
 
 
 @contextlib.contextmanager

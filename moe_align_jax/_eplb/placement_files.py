@@ -36,14 +36,19 @@ class FoundPlacement(NamedTuple):
 
 
 def read(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
-    """The contents of a placement's file: YAML by its name's ending, else whatever `read_file` reads.
+    """The contents of a placement's file: YAML by its name's ending, a recorder's table, else whatever
+    `read_file` reads.
 
     Raises:
-        OSError: the file cannot be read.   ImportError: YAML needs pyyaml.
-        ValueError: it is damaged.
+        OSError: the file cannot be read.   ImportError: YAML needs pyyaml, and tables pyarrow.
+        ValueError: it is damaged, or a pipe.
     """
     name = os.fspath(path)
     if not name.lower().endswith((".yaml", ".yml")):
+        if files.is_table(path, function=function):
+            from moe_align_jax._expert_load.files import read_table
+
+            return read_table(path)
         return files.read_file(path, function=function)
     try:
         import yaml
@@ -52,6 +57,7 @@ def read(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
             f"{function}: reading {name!r} needs pyyaml: pip install 'moe-align-jax[yaml]' "
             "(in a checkout: pip install -e '.[yaml]')"
         ) from None
+    files.check_is_no_pipe(name, function=function)
     with open(name, "rb") as file:
         data = file.read(_MOST_YAML_BYTES + 1)
     try:

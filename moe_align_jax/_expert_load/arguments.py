@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_align_jax._core import checks
 from moe_align_jax._expert_load.ring import Layout
+from moe_align_jax._lowering.sharding import replicate
 
 
 def check_layer(function: str, layer: Any, num_layers: int) -> int:
@@ -27,7 +28,10 @@ def check_layer(function: str, layer: Any, num_layers: int) -> int:
 
 
 def integers(function: str, argument: str, value: Any) -> jax.Array:
-    """Any integer array as int32; 64-bit values are saturated, so that they stay out of range."""
+    """Any integer array as int32; 64-bit values are saturated, so that they stay out of range.
+
+    It is gathered where it is split over Explicit mesh axes: it becomes part of a row.
+    """
     remedy = {
         "tokens_per_expert": "Pass AlignedBlocks.tokens_per_expert.",
         "topk_ids": "Mode per_token records ids: pass the topk_ids that were aligned.",
@@ -43,14 +47,14 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
             remedy = "Pass jax.dlpack.from_dlpack(tensor)."
         raise TypeError(checks.message(function, argument, rule, got, remedy))
     if value.dtype == np.int32:
-        return jnp.asarray(value)
+        return replicate(jnp.asarray(value))
     own, words = jnp.iinfo(kind), np.iinfo(np.int32)
     low, high = (
         np.array(f(own_, word), value.dtype)
         for f, own_, word in ((max, own.min, words.min), (min, own.max, words.max))
     )
     clip: Any = np.clip if isinstance(value, (np.ndarray, np.generic)) else jnp.clip
-    return jnp.asarray(clip(value, low, high).astype(np.int32))
+    return replicate(jnp.asarray(clip(value, low, high).astype(np.int32)))
 
 
 def _layer_shape(argument: str, layout: Layout) -> tuple[str, tuple[int | None, ...]]:

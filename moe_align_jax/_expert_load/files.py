@@ -1,8 +1,9 @@
 """Dumps on disk: written whole or not at all, as .npz or (extra "arrow") as an Arrow or Parquet table."""
 
+import errno
 import json
 import os
-import tempfile
+import secrets
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moe_align_jax._core import checks
+from moe_align_jax._core.files import check_is_no_pipe
 
 FORMATS = ("npz", "arrow", "parquet")
 # Arrays with a row per (pass, layer): a table's columns. Everything else goes into its metadata.
@@ -22,42 +24,44 @@ _CHECKSUM = b"moe_align_jax_crc32"  # of the columns and of the metadata: Arrow 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> Path:
     """Writes through a temporary file in the same folder, synced and then renamed.
 
-    Whenever the process or the machine stops, `path` is the old file or the new one.
+    Whenever the process or the machine stops, `path` is the old file or the new one. Where it is a link, the
+    file that it leads to is written, and the link stays.
 
     Raises:
-        OSError: the disk is full, or cannot be written; `path` is as it was, and nothing is left over.
+        OSError: the disk is full, or cannot be written; `path` is as it was, and nothing is left over. It is
+            a pipe or a device, in whose place a file must not come; or a folder.
     """
     path = Path(path)
     name = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file() and not target.is_dir():
+            raise OSError(errno.EINVAL, "no regular file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+        # With the mode of any new file. To read the umask is to set it, for all threads, and two that do so
+        # at once may leave it at 0.
+        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        name = new
         with open(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(name, target)
     except BaseException as error:
         if name is not None:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(
                 error.errno, f"{error.strerror or error} while writing", str(path)
             ) from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name itself
     finally:
         os.close(folder)
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_format(file_format: str) -> None:
@@ -159,11 +163,12 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is damaged (its checksum says so), or no dump of ours.
+        ValueError: it is damaged (its checksum says so), a pipe, or no dump of ours.
         ImportError: the extra "arrow" is missing; the message names the file.
     """
     got = f"{os.fspath(path)!r}, a table, without pyarrow"
     arrow = _pyarrow("read_table", "file", "be of a kind whose extra is installed", got)
+    check_is_no_pipe(path, function="read_table")
     with open(path, "rb") as file:
         data = file.read()
     try:

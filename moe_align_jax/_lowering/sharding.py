@@ -1,5 +1,6 @@
 """How a value is spread over devices: what a shard_map, Explicit mesh axes and XLA make of it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,16 @@ def explicitly_sharded(*arrays: jax.Array) -> bool:
     """Whether one is sharded over a mesh's Explicit axes."""
     specs = [getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()) for x in arrays]
     return any(axes is not None for spec in specs for axes in spec)
+
+
+def explicit_parts(x: Any, axis: int) -> int:
+    """Over how many devices of Explicit mesh axes a dimension of x is divided; 1 where it is not."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    names = (*getattr(sharding, "spec", ()), *[None] * x.ndim)[axis % x.ndim]
+    if sharding is None or names is None:
+        return 1
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def divided_by_xla(ctx: Any) -> bool:

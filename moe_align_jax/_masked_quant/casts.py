@@ -94,9 +94,12 @@ def blockwise(
         spare = (*[(0, 0)] * len(lead), (0, -n % GROUP), (0, -k % GROUP))
         values = jnp.pad(lax.stop_gradient(w).astype(jnp.float32), spare)
         blocks = (-(-n // GROUP), -(-k // GROUP))
+        # One dimension after the other: jax has no rule for two where any is split over Explicit axes.
+        values = values.reshape(*lead, blocks[0], GROUP, blocks[1] * GROUP)
         values = values.reshape(*lead, blocks[0], GROUP, blocks[1], GROUP)
         amax = jnp.max(jnp.abs(values), axis=(-3, -1), initial=0.0)
         scale = scale_of(amax, floor, scale_format)
         q = codes(values, scale[..., :, None, :, None], divide=divide)
+        q = q.reshape(*lead, blocks[0] * GROUP, blocks[1], GROUP)
         q = q.reshape(*lead, blocks[0] * GROUP, blocks[1] * GROUP)
         return q[..., :n, :k], scale

@@ -36,9 +36,17 @@ def _library(array: Any) -> Any:
     """NumPy for its arrays, so that a checkpoint on the host stays there; jax.numpy for the rest."""
     if isinstance(array, np.ndarray):
         return np
+    _check_has_values(array)
     import jax.numpy as jnp
 
     return jnp
+
+
+def _check_has_values(array: Any) -> None:
+    """Shapes and dtypes alone are enough for what moves nothing."""
+    if not checks.is_array(array):
+        rule, remedy = "be arrays where they are moved", "Move them under jax.eval_shape."
+        checks.refuse(TypeError, "ExpertWeights", "weights", rule, array, remedy)
 
 
 def _is_quantized(weights: Any) -> bool:
@@ -320,7 +328,10 @@ class ExpertWeights:
             got = "matrices per expert, interleaved" if names else f"{sorted(mine)[:3]}"
             remedy = "Pass the prefix of one layer's experts; matrices of an expert stand apart."
             checks.refuse(ValueError, function, "tensors", rule, got, remedy)
-        count = sum(name.endswith(f".{names[0]}.weight") for name in mine)
+        # By any of the three matrices: an expert of whom one is missing must not be left out.
+        kinds = {f"{name}.weight" for name in names}
+        parts = [name.partition(".") for name in mine]
+        count = len({i for i, _, kind in parts if kind in kinds and i.isdecimal()})
         biases = (f"{i}.{name}.bias" for i in range(count) for name in names)
         if biased := next((name for name in biases if name in mine), None):  # not left out silently
             rule, got = "hold no biases of single experts", f"{prefix}{biased}"
@@ -475,9 +486,13 @@ def _check_scales(name: str, weights: Any) -> None:
 def _with_scales(mine: Mapping[str, Any], prefix: str, name: str) -> Any:
     """An array; of e4m3, (values, float32 scales)."""
     values = mine[name]
-    if str(values.dtype) != E4M3:
-        return values
     scales = mine.get(name + _SCALES)
+    if str(values.dtype) != E4M3:
+        if scales is not None:  # not left out silently
+            rule = f"hold {E4M3} {prefix}{name} beside {prefix}{name}{_SCALES}"
+            remedy = "Multiply the values by their scales, or quantise them: quantize_blockwise."
+            checks.refuse(ValueError, "from_hugging_face", "tensors", rule, values, remedy)
+        return values
     if scales is None:
         rule = f"hold {prefix}{name}{_SCALES} beside {E4M3} {prefix}{name}"
         remedy = (
@@ -517,6 +532,7 @@ def _transposed(array: Any) -> Any:
     if _is_quantized(array):
         values, scales = array
         return _transposed(values), scales if scales.ndim < 3 else _transposed(scales)
+    _check_has_values(array)
     return array.swapaxes(1, 2)
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import moe_align_jax as maj
 from tests.layout.helpers import masked_oracle, routing, rows_by_expert, tokens, weighted_sum
@@ -332,3 +334,34 @@ def test_errors_name_the_argument(case):
     kind, text, call = BAD[case]
     with pytest.raises(kind, match=text):
         call()
+
+
+# -- Explicit mesh axes, which jax.make_mesh makes by default ----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["masked", "contiguous"])
+def test_explicit_axes_split_ids_weights_and_columns_but_not_rows(kind):
+    permute = getattr(maj, f"permute_to_{kind}")
+    unpermute = getattr(maj, f"unpermute_from_{kind}")
+    rng = np.random.default_rng(0)
+    x, weights = (rng.normal(size=(8, n)).astype(np.float32) for n in (4, 2))
+    ids = rng.integers(-1, 4, (8, 2)).astype(np.int32)
+    rows, layout = permute(x, ids, num_experts=4)
+    want = unpermute(rows, layout, weights)
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+
+    def split(array, *spec):
+        return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+    with jax.set_mesh(mesh):
+        moved, of_split = permute(split(x, None, "a"), split(ids, "a"), num_experts=4)
+        assert (np.asarray(moved) == np.asarray(rows)).all()
+        for one, other in zip(of_split, layout, strict=True):
+            assert (np.asarray(one) == np.asarray(other)).all()
+        got = unpermute(moved, of_split, split(weights, "a"))
+        assert np.allclose(got, want, rtol=1e-6, atol=1e-6)
+        words = "must not have rows split over Explicit mesh axes; got .* inside jax.shard_map"
+        with pytest.raises(ValueError, match=f"permute_to_{kind}: x {words}"):
+            permute({"rows": split(x, "a")}, ids, num_experts=4)
+        with pytest.raises(ValueError, match=f"unpermute_from_{kind}: y {words}"):
+            unpermute(split(np.asarray(rows), "a"), layout, weights)

@@ -259,3 +259,44 @@ def test_errors_of_blocks():
         maj.quantize_blockwise(np.zeros((128, 128), np.float32), scale_format="ue8m0_packed")
     with pytest.raises(ValueError, match=r"^quantize_blockwise: w must have shape \[..., N, K\]"):
         maj.quantize_blockwise(np.zeros(128, np.float32))
+
+
+def split_explicitly(array, *spec):
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*spec)))
+
+
+def same(got, want):
+    return all(
+        (np.asarray(a, np.float32) == np.asarray(b, np.float32)).all()
+        for a, b in zip(got, want, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((4, 130, 140), ("a",)),  # experts
+        ((512, 256), ("a",)),
+        ((200, 512), (None, "a")),
+        ((3, 512, 130), (None, "a")),
+    ],
+)
+def test_blocks_of_weights_split_over_explicit_axes(shape, spec):
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    got = maj.quantize_blockwise(split_explicitly(w, *spec))
+    assert same(got, maj.quantize_blockwise(w))
+
+
+def test_scales_that_explicit_axes_would_divide_are_refused():
+    words = (
+        "must have a multiple of {} in dimension {} on each device of Explicit mesh axes; got {}"
+    )
+    x = np.ones((8, 1024), np.float32)
+    assert same(maj.quantize_rowwise(split_explicitly(x, None, "a")), maj.quantize_rowwise(x))
+    with pytest.raises(ValueError, match=words.format(512, -1, "1024 over 4 devices")):
+        maj.quantize_rowwise(split_explicitly(x, None, "a"), scale_format="ue8m0_packed")
+    with pytest.raises(ValueError, match=words.format(128, -1, "256 over 4 devices")):
+        maj.quantize_rowwise(split_explicitly(x[:, :256], None, "a"))
+    with pytest.raises(ValueError, match=words.format(128, -2, "8 over 4 devices")):
+        maj.quantize_blockwise(split_explicitly(x, "a"))

@@ -1,8 +1,12 @@
 """`moe-align eplb`, run as its users run it, on files of every kind."""
 
 import json
+import os
+import pathlib
 import shutil
+import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -617,3 +621,101 @@ def test_loads_of_files_do_not_wrap():
         "physical_to_logical_map": np.array([[0, 0]]),
     }
     assert loads.recorded_load(slots, function="f").tolist() == [[[2 * (2**31 - 1)]]]
+
+
+# -- output that nobody takes, pipes, and links ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taker", ["gone", "full"])
+def test_files_are_written_where_the_output_is_not_taken(tmp_path, taker):
+    """As in `moe-align eplb ... | head -1`."""
+    if taker == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    arguments = [sys.executable, "-m", "moe_align_jax.cli", "eplb", "loads.json", *OPTIONS]
+    read, write = os.pipe()
+    os.close(read)
+    full = os.open("/dev/full" if taker == "full" else os.devnull, os.O_WRONLY)
+    root = str(pathlib.Path(maj.__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*arguments, "--report", "report.json"],
+        cwd=tmp_path,
+        stdout=full if taker == "full" else write,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        text=True,
+        timeout=120,
+    )
+    os.close(write)
+    os.close(full)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    if taker == "full":
+        assert "No space left on device" in done.stderr
+    want = maj.rebalance_experts(README, 16, 4, 2, 8).physical_to_logical_map.tolist()
+    got = json.loads((tmp_path / "placement.json").read_text())
+    assert got == {"physical_to_logical_map": want}
+    assert json.loads((tmp_path / "report.json").read_text())["num_gpus"] == 8
+
+
+@pytest.mark.parametrize("option", ["--out", "--report", "--heatmap"])
+def test_a_pipe_is_not_replaced_by_a_file(eplb, tmp_path, option):
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    os.mkfifo(tmp_path / "pipe")
+    done = eplb("loads.json", *OPTIONS, option, "pipe", "--overwrite")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 1 and f"{option} must be a file; got the pipe or device pipe" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"loads.json", "pipe"}
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match="no regular file while writing"):
+        files.write_atomically(tmp_path / "pipe", lambda file: file.write(b"x"))
+    assert {path.name for path in tmp_path.iterdir()} == {"loads.json", "pipe"}
+
+
+def test_a_link_leads_to_the_file_that_is_written(eplb, tmp_path):
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/now.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("served/now.json")
+    done = eplb("loads.json", *OPTIONS, "--out", "link.json", "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "link.json").is_symlink()
+    assert "physical_to_logical_map" in json.loads((tmp_path / "served/now.json").read_text())
+    assert [path.name for path in (tmp_path / "served").iterdir()] == ["now.json"]
+
+
+@pytest.mark.parametrize("option", [None, "--previous", "yaml"])
+def test_loads_from_a_pipe_are_refused_and_not_waited_for(eplb, tmp_path, option):
+    pipe = tmp_path / ("pipe.yaml" if option == "yaml" else "pipe")
+    text = json.dumps({"logical_count": README})
+    (tmp_path / "loads.json").write_text(text)
+    os.mkfifo(pipe)
+
+    def write():
+        try:
+            pipe.write_text(text)
+        except BrokenPipeError:
+            pass
+
+    # A writer that is gone after its text, as `<(command)` is: a second reader would wait for ever.
+    threading.Thread(target=write, daemon=True).start()
+    arguments = (pipe.name,) if option is None else ("loads.json", "--previous", pipe.name)
+    done = eplb(*arguments, *OPTIONS)
+    said = " ".join(done.output.split())
+    assert done.exit_code == 1 and "file must be a regular file; got " in said
+    assert f"{pipe.name}', a pipe or a device. Write it to a file first." in said
+
+
+def test_gpus_of_a_placement_that_is_not_there(eplb, tmp_path):
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": README}))
+    done = eplb("loads.json", *OPTIONS, "--previous-num-gpus", "3")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 1
+    assert "--previous-num-gpus must come with a placement in force of 2 layers on 3 GPUs" in said
+    held = {"logical_count": README, "physical_to_logical_map": [[*range(12)]] * 2}
+    (tmp_path / "loads.json").write_text(json.dumps(held))
+    done = eplb("loads.json", *OPTIONS, "--previous-num-gpus", "5")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 1 and "got 12 slots in 2 layers. Name it with --previous" in said
+    assert not (tmp_path / "placement.json").exists()
+    assert eplb("loads.json", *OPTIONS, "--previous-num-gpus", "3").exit_code == 0

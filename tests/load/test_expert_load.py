@@ -676,3 +676,65 @@ def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
     exec(by_layer, names)
     check_moved(np.stack([layer["up"] for layer in names["model"]]), slots)
     assert all(layer["up"].sharding.spec[0] == "ep" for layer in names["model"])
+
+
+def test_recording_is_switched_inside_a_program():
+    @jax.jit
+    def run(load, on, counts):
+        def draft(load):
+            off = maj.record_expert_load(load.recording(False), None, counts + 100)
+            return off.recording(True)
+
+        load = jax.lax.cond(on, draft, lambda load: load.cleared(), load)
+        return maj.record_expert_load(load, None, counts)
+
+    load = make("stat")
+    ones = jnp.ones((LAYERS, EXPERTS), jnp.int32)
+    for on, counts in ((True, ones), (True, 2 * ones), (False, 3 * ones), (True, 4 * ones)):
+        load = run(load, on, counts)
+    assert maj.collect_expert_load(load).physical_count[:, 0, 0].tolist() == [3, 4]
+
+
+def test_a_state_on_the_host_is_read_and_switched():
+    """As `jax.device_get`, or a checkpoint, gives it."""
+    counts = np.arange(LAYERS * EXPERTS, dtype=np.int32).reshape(LAYERS, EXPERTS)
+    load = maj.record_expert_load(make("stat"), None, counts)
+    load = jax.device_get(load)
+    assert isinstance(load.ring, np.ndarray)
+    record = maj.collect_expert_load(load)
+    assert record.physical_count.tolist() == [counts.tolist()]
+    passes, last = expert_load.last_physical_counts(load, 3)
+    assert passes == 1 and last.tolist() == [counts.tolist()]
+    load = maj.record_expert_load(load.recording(False), None, counts)
+    assert len(maj.collect_expert_load(load).forward_pass_id) == 1
+    assert not len(maj.collect_expert_load(jax.device_get(load).cleared()).forward_pass_id)
+
+
+def test_a_traced_state_is_not_collected():
+    words = "collect_expert_load: load must have values on its devices; got a state that jit traces"
+    with pytest.raises(TypeError, match=words):
+        jax.jit(lambda load: maj.collect_expert_load(load))(make("stat"))
+
+
+def test_counts_and_ids_split_over_explicit_axes_are_recorded():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+    ids = random_ids(0)
+    counts = bincount(ids).astype(np.int32)
+    with jax.set_mesh(mesh):
+        load = make("stat")
+        for layer in range(LAYERS):
+            split = jax.device_put(counts[layer], NamedSharding(mesh, P("a")))
+            load = maj.record_expert_load(load, layer, split)
+        load = maj.commit_expert_load(load)
+        split = jax.device_put(counts, NamedSharding(mesh, P(None, "a")))
+        load = jax.jit(lambda load, x: maj.record_expert_load(load, None, x))(load, split)
+        assert maj.collect_expert_load(load).physical_count.tolist() == [counts.tolist()] * 2
+        sizes = {"num_layers": LAYERS, "num_physical_experts": EXPERTS}
+        recorder = maj.ExpertDistributionRecorder("stat", **sizes)
+        recorder.start_record()
+        with recorder.with_forward_pass():
+            for layer in range(LAYERS):
+                with recorder.with_current_layer(layer):
+                    split = jax.device_put(ids[layer], NamedSharding(mesh, P("a")))
+                    recorder.on_select_experts(split)
+        assert (recorder.dump_record("object")["physical_count"] == counts).all()

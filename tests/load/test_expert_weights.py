@@ -236,3 +236,30 @@ def test_weights_follow_the_placement_on_gpus():
     got = maj.update_expert_weights(place(before, mesh), moves, layers_per_chunk=4)
     want = by_expert[np.arange(6)[:, None], new]
     np.testing.assert_array_equal(as_bytes(got), as_bytes(want))
+
+
+def test_an_array_in_several_places_is_moved_once_and_not_lost():
+    mesh = mesh_of()
+    old, new = random_maps(3, 10, 16)
+    held, by_expert = weights_by_map(old, 4)
+    array, other = place(held, mesh), place(held + 0, mesh)
+    tree = {"tied": [array, array], "other": other, "again": array}
+    moves = maj.plan_expert_moves(old, new, num_gpus=D)
+    moved = maj.update_expert_weights(tree, moves, layers_per_chunk=2)
+    want = by_expert[np.arange(3)[:, None], new]
+    assert len(jax.tree.leaves(moved)) == 4
+    for leaf in jax.tree.leaves(moved):
+        assert (as_bytes(leaf) == as_bytes(want)).all()
+    assert moved["tied"][0] is moved["tied"][1] is moved["again"] is not moved["other"]
+
+
+def test_donated_weights_are_refused_before_others_move():
+    mesh = mesh_of()
+    old, new = random_maps(2, 10, 16)
+    held, _ = weights_by_map(old, 4)
+    tree = {"a": place(held, mesh), "b": place(held, mesh)}
+    tree["b"].delete()
+    moves = maj.plan_expert_moves(old, new, num_gpus=D)
+    with pytest.raises(ValueError, match="weights must not be deleted; got float32 .* donated"):
+        maj.update_expert_weights(tree, moves)
+    assert (as_bytes(tree["a"]) == as_bytes(held)).all()

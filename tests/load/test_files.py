@@ -442,3 +442,21 @@ def test_sglang_detail_records_are_summed_over_ranks(tmp_path, mode):
 def test_loads_that_do_not_fit_are_refused(contents, error, words):
     with pytest.raises(error, match=words):
         loads.recorded_load(contents, function="f")
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_location_from_a_table_of_the_recorder(tmp_path, suffix):
+    pytest.importorskip("pyarrow")
+    recorder = maj.ExpertDistributionRecorder(
+        "stat", num_layers=1, num_physical_experts=4, directory=tmp_path, file_format=suffix
+    )
+    recorder.start_record()
+    counts = np.array([[9, 1, 4, 2]], np.int32)
+    recorder.state = maj.record_expert_load(recorder.state, None, counts)
+    path = recorder.dump_record()
+    got = maj.ExpertLocation.from_file(path, num_physical_experts=6, num_gpus=2)
+    want = maj.rebalance_experts(counts, 6, 1, 1, 2).physical_to_logical_map
+    assert got.physical_to_logical_map.tolist() == want.tolist()
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"dump; got '{path}'"):
+        maj.ExpertLocation.from_file(path, num_physical_experts=6, num_gpus=2)

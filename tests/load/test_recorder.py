@@ -798,3 +798,57 @@ def test_dumps_from_another_thread_lose_and_double_nothing():
     np.testing.assert_array_equal(counts, [bincount(random_ids(i)) for i in range(60)])
     metadata = {k: v for one in dumps for k, v in one["metadata"].items()}
     assert metadata == {i: {"n": i} for i in range(60)}
+
+
+def test_metadata_has_the_ids_that_its_rows_have(tmp_path):
+    """Rows keep 32 bits of an id: so do the keys, or nobody finds the metadata of a row."""
+    recorder = maj.ExpertDistributionRecorder("stat", **STAT, directory=tmp_path)
+    recorder.start_record()
+    hooked(recorder, -2, {"n": 0}, 0)
+    hooked(recorder, 5, {"n": 1}, 1)
+    hooked(recorder, 2**32 + 5, {"n": 2}, 2)  # the row of pass 5
+    got = dict(np.load(recorder.dump_record()))
+    assert json.loads(str(got["metadata"])) == {str(2**32 - 2): {"n": 0}, "5": {"n": 2}}
+    assert got["forward_pass_id"].tolist() == [2**32 - 2, 5]
+    assert (got["logical_count"] == [bincount(random_ids(seed)) for seed in (0, 2)]).all()
+
+
+def test_what_is_no_state_is_refused_before_it_replaces_one():
+    recorder = maj.ExpertDistributionRecorder("stat", **STAT)
+    recorder.start_record()
+    serve(recorder, [1])
+    with pytest.raises(TypeError, match="state must be an ExpertLoad with values; got tuple"):
+        recorder.state = recorder.state, "output"
+
+    @jax.jit
+    def inside(ids):
+        recorder.state = step(ids, recorder.state)
+
+    with pytest.raises(TypeError, match="got one that jit traces. Assign .* outside of jit"):
+        inside(random_ids(2))
+    assert (recorder.dump_record("object")["logical_count"] == bincount(random_ids(1))).all()
+
+
+def test_a_state_of_the_host_goes_on():
+    recorder = maj.ExpertDistributionRecorder("stat", **STAT, num_gpus=2)
+    recorder.start_record()
+    serve(recorder, [1])
+    recorder.state = jax.device_get(recorder.state)
+    hooked(recorder, None, "second", 2)
+    assert recorder.metrics().passes == 2
+    dump = recorder.dump_record("object")
+    assert (dump["logical_count"] == [bincount(random_ids(seed)) for seed in (1, 2)]).all()
+    assert dump["metadata"] == {1: "second"}
+
+
+def test_files_have_the_mode_of_new_files_and_the_umask_is_left_alone(tmp_path, monkeypatch):
+    """It is the whole process': two threads that set it to read it may leave it at 0."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+            files.write_atomically(tmp_path / "new", lambda file: file.write(b"x"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "new").read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 1

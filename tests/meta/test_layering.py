@@ -49,6 +49,12 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._core.files",
         "moe_align_jax._eplb",
     },
+    "moe_align_jax._eplb.placement_files": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._core.files",
+        "moe_align_jax._eplb",
+        "lazily moe_align_jax._expert_load.files",
+    },
     "moe_align_jax.eplb": {
         "moe_align_jax._core.checks",
         "moe_align_jax._eplb",
@@ -376,6 +382,7 @@ ALLOWED: dict[str, set[str]] = {
     "moe_align_jax.quantization": {
         "moe_align_jax._core.checks",
         "moe_align_jax._core.fp8",
+        "moe_align_jax._lowering.sharding",
         "moe_align_jax._masked_quant.casts",
         "moe_align_jax._masked_quant.problem",
     },
@@ -465,9 +472,14 @@ ALLOWED: dict[str, set[str]] = {
         "moe_align_jax._expert_load",
         "moe_align_jax.expert_load",
     },
+    "moe_align_jax._expert_load.arguments": {
+        "moe_align_jax._core.checks",
+        "moe_align_jax._expert_load.ring",
+        "moe_align_jax._lowering.sharding",
+    },
     "moe_align_jax._expert_load": {
         "moe_align_jax._core.checks",
-        "moe_align_jax._expert_load",
+        "moe_align_jax._core.files",
         "moe_align_jax.eplb.balancedness",
     },
     "moe_align_jax.masked_layout": {

@@ -324,3 +324,52 @@ def test_weights_that_are_no_arrays():
         given = {"w_gate_up": first, "w_down": down} | change
         with pytest.raises(TypeError, match=rf"^ExpertWeights: {text}.*; got .*\. .+"):
             ExpertWeights(**given)
+
+
+def single_experts(dtype=np.float32):
+    shapes = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
+    return {
+        f"m.{i}.{name}.weight": np.full(shape, i, dtype)
+        for i in range(3)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("lost", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("expert", [1, 2])
+def test_an_expert_of_whom_a_matrix_is_missing_is_not_left_out(lost, expert):
+    """The last one, too, as where the file with its gate has not been downloaded."""
+    tensors = single_experts()
+    assert ExpertWeights.from_hugging_face(tensors, "m.").w_down.shape == (3, 16, 8)
+    del tensors[f"m.{expert}.{lost}.weight"]
+    with pytest.raises(ValueError, match=f"must hold m.{expert}.{lost}.weight; got none"):
+        ExpertWeights.from_hugging_face(tensors, "m.")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.float8_e5m2])
+def test_scales_beside_values_that_are_not_e4m3_are_not_left_out(dtype):
+    tensors = single_experts(dtype)
+    scaled = tensors | {"m.1.up_proj.weight_scale_inv": np.full((1, 1), 2.0, np.float32)}
+    words = "hold float8_e4m3fn m.1.up_proj.weight beside m.1.up_proj.weight_scale_inv; got float"
+    with pytest.raises(ValueError, match=words):
+        ExpertWeights.from_hugging_face(scaled, "m.")
+    fused = {"gate_up_proj": np.zeros((3, 16, 16), dtype), "down_proj": np.zeros((3, 16, 8), dtype)}
+    fused["down_proj_scale_inv"] = np.ones((3, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="beside down_proj_scale_inv"):
+        ExpertWeights.from_hugging_face(fused)
+
+
+def test_shapes_alone_are_not_moved():
+    shapes = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in single_experts().items()}
+    words = "ExpertWeights: weights must be arrays where they are moved; got"
+    with pytest.raises(TypeError, match=words):
+        ExpertWeights.from_hugging_face(shapes, "m.")
+    up, down = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((3, 16, 16), (3, 16, 8)))
+    weights = ExpertWeights.from_vllm(up, down)
+    for layout in ({"pair": True}, {"interleaved": True}, {"transpose_rhs": False}):
+        with pytest.raises(TypeError, match=words):
+            weights.laid_out(**layout)
+    moved = jax.eval_shape(
+        lambda a, b: [*ExpertWeights.from_vllm(a, b).laid_out(pair=True)], up, down
+    )
+    assert [leaf.shape for leaf in jax.tree.leaves(moved)] == [(3, 8, 16), (3, 8, 16), (3, 16, 8)]
