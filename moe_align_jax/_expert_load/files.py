@@ -1,5 +1,6 @@
 """Dumps on disk: written whole or not at all, as .npz or (extra "arrow") as an Arrow or Parquet table."""
 
+import contextlib
 import errno
 import json
 import os
@@ -56,11 +57,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
                 error.errno, f"{error.strerror or error} while writing", str(path)
             ) from error
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)
+    # The new name itself. The file is there, also in a folder that may not be read or cannot be synced.
+    with contextlib.suppress(OSError):
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     return path
 
 

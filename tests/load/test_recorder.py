@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -851,4 +852,18 @@ def test_files_have_the_mode_of_new_files_and_the_umask_is_left_alone(tmp_path, 
     finally:
         os.umask(before)
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "new").read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_in_a_folder_that_cannot_be_synced_is_written_all_the_same(tmp_path, monkeypatch):
+    """Some file systems cannot sync a folder, and some folders may be written and not read."""
+    sync = os.fsync
+
+    def refuses_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    assert files.write_atomically(tmp_path / "new", lambda file: file.write(b"x"))
     assert (tmp_path / "new").read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 1
