@@ -1,6 +1,6 @@
 """Checks on torch arguments: static facts only (dtype, shape, device), so that they trace."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -100,6 +100,15 @@ def in_forward_mode() -> bool:
 def has_tangent(tensor: torch.Tensor) -> bool:
     """Whether forward mode differentiates by the tensor, of which requires_grad knows nothing."""
     return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def may_be_differentiated(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether `check_no_gradient` may refuse one of these tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return in_forward_mode()
 
 
 def check_no_gradient(function: str, argument: str, tensor: torch.Tensor) -> None:

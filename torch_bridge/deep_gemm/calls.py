@@ -77,6 +77,7 @@ def checked(
         if what := _checks.not_dense(tensor):
             remedy = "Call to_dense() or dequantize() first."
             checks.refuse(TypeError, function, argument, "be a dense tensor", what, remedy)
+        _checks.check_no_gradient(function, argument, tensor)
     for argument, tensor in named.items():
         if tensor.device != d.device:
             rule, got = f"be on d's device, {d.device}", str(tensor.device)
