@@ -269,7 +269,8 @@ def sparse_matmul(
     if w0_bias is not None and w1_bias is not None:
         parts = (("w0_bias", w0_bias, w0_kernel), ("w1_bias", w1_bias, w1_kernel))
         biases = [_check_bias(function, *part, axis=2) for part in parts]
-        bias_gate_up = jnp.concatenate(biases, axis=1)
+        # Each may have a dtype of its own, and jax may be configured to promote none.
+        bias_gate_up = jnp.concatenate([bias.astype(jnp.float32) for bias in biases], axis=1)
     elif w0_bias is not None or w1_bias is not None:
         rule, got = "be there with w0_bias", "one of them"
         raise ValueError(checks.message(function, "w1_bias", rule, got, "Pass both, or none."))

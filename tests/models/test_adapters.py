@@ -321,6 +321,22 @@ def test_maxtext_sparse_matmul_with_a_softmax_of_the_chosen_logits():
     close(update, 0.25 * np.sign(ids.size / EXPERTS - counts))
 
 
+def test_maxtext_biases_may_differ_in_dtype():
+    """Where jax is configured to promote nothing, that was an error of jax' own about a concatenation."""
+    inputs, logits, w0, w1, wo, b0, b1, bo = map(jnp.asarray, block())
+    b0, bo = b0.astype(jnp.bfloat16), bo.astype(jnp.float16)
+
+    def run(*biases):
+        given = inputs, logits, None, w0, w1, wo, *biases
+        return maxtext.sparse_matmul(*given, num_experts_per_tok=TOP_K)[0]
+
+    want = run(*(b.astype(jnp.float32) for b in (b0, b1, bo)))
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(run(b0, b1, bo), want)
+        derivative = jax.grad(lambda *biases: jnp.sum(run(*biases)), argnums=(0, 1, 2))(b0, b1, bo)
+    assert [str(d.dtype) for d in derivative] == ["bfloat16", "float32", "float16"]
+
+
 @pytest.mark.parametrize("shape", [(0, LENGTH), (BATCH, 0)])
 def test_maxtext_sparse_matmul_of_no_tokens(shape):
     """The loss is 0, as that of `load_balancing_loss`: it was NaN, and so was a loss that it was added to."""
