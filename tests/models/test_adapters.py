@@ -341,7 +341,7 @@ def test_maxtext_biases_may_differ_in_dtype():
 def test_maxtext_sparse_matmul_of_no_tokens(shape):
     """The loss is 0, as that of `load_balancing_loss`: it was NaN, and so was a loss that it was added to."""
     _, _, *weights = map(jnp.asarray, block())
-    inputs, logits = jnp.zeros((*shape, HIDDEN)), jnp.zeros((*shape, EXPERTS))
+    inputs, logits = (jnp.zeros((*shape, size), F32) for size in (HIDDEN, EXPERTS))
     options = {"num_experts_per_tok": TOP_K, "load_balance_loss_weight": 0.5}
 
     def loss_of(logits):

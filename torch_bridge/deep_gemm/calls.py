@@ -71,9 +71,8 @@ def checked(
     named[where] = layout
     for argument, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
-            checks.refuse(
-                TypeError, function, argument, "be a tensor", tensor, "Pass a PyTorch tensor."
-            )
+            got, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
+            checks.refuse(TypeError, function, argument, "be a tensor", got, remedy)
         if what := _checks.not_dense(tensor):
             remedy = "Call to_dense() or dequantize() first."
             checks.refuse(TypeError, function, argument, "be a dense tensor", what, remedy)
