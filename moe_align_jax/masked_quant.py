@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_align_jax._core import checks, fork
-from moe_align_jax._core.int32 import INT32_MAX
 from moe_align_jax._lowering import select
 from moe_align_jax._lowering.sharding import vary_together
 from moe_align_jax._masked_quant import primitive
@@ -203,7 +202,7 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
 def _narrow(masked_m: Any, rows: Any) -> jax.Array:
     """`masked_m` as int32 in [0, rows], clamped before it is narrowed; rows may be a symbol."""
     if not isinstance(rows, int):
-        rows = INT32_MAX  # what runs clamps to the rows
+        rows = checks.INT32_MAX  # what runs clamps to the rows
     if isinstance(masked_m, np.ndarray):
         rows = min(rows, int(jnp.iinfo(masked_m.dtype).max))
         return jnp.asarray(np.clip(masked_m, 0, rows).astype(np.int32))

@@ -12,7 +12,6 @@ import numpy as np
 
 from moe_align_jax import matmul, moe_layer, router
 from moe_align_jax._core import checks
-from moe_align_jax._grouped_matmul import arguments
 from moe_align_jax.types import Implementation
 
 __all__ = ["gmm", "sparse_matmul"]
@@ -109,15 +108,20 @@ def gmm(
         rule, got = "be None beside partial_sum", checks.describe(existing_out)
         remedy = "Pass one of them."
         raise ValueError(checks.message(function, "existing_out", rule, got, remedy))
-    out = matmul.gmm(
-        lhs,
-        rhs,
-        group_sizes,
-        jnp.float32,
-        group_offset=0 if group_offset is None else group_offset,
-        transpose_rhs=transpose_rhs,
-    )
-    out_dtype = arguments.result_dtype(function, lhs, preferred_element_type)
+
+    def product(dtype: Any) -> jax.Array:
+        return matmul.gmm(
+            lhs,
+            rhs,
+            group_sizes,
+            dtype,
+            group_offset=0 if group_offset is None else group_offset,
+            transpose_rhs=transpose_rhs,
+        )
+
+    out = product(jnp.float32)
+    # Rounded once, behind the sum, to what the product alone would have.
+    out_dtype = jax.eval_shape(lambda: product(preferred_element_type)).dtype
     got, remedy = checks.describe(partial_sum), "Pass the product of the other part of k."
     if not checks.is_array(partial_sum) or not jnp.issubdtype(partial_sum.dtype, jnp.floating):
         rule = "be a float array"
