@@ -84,6 +84,9 @@ def _capacity(function: str, pairs: int, num_experts: int, factor: float) -> int
         raise ValueError(
             checks.message(function, argument, "be above 0 and finite", factor, remedy)
         )
+    if not isinstance(pairs, int):
+        rule, got = "be left out where the number of tokens is symbolic", checks.describe(factor)
+        raise ValueError(checks.message(function, argument, rule, got, "Pass capacity instead."))
     # A factor such as 1.1 is a float below or above it: exact products must not be rounded up by that.
     wanted = min(pairs * float(factor) / num_experts, float(INT32_MAX))
     nearest = round(wanted)

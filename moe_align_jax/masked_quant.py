@@ -176,7 +176,7 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
     given = {"x": x, "masked_m": masked_m}
     for argument, array in given.items():
         if not checks.is_array(array):
-            remedy = "Pass a jax or NumPy array."
+            remedy = checks.array_remedy(array)
             rule = "be an array"
             got = checks.describe(array)
             raise TypeError(checks.message(function, argument, rule, got, remedy))
@@ -199,8 +199,10 @@ def _check_arrays(function: str, x: Any, masked_m: Any) -> tuple[jax.Array, jax.
     return jnp.asarray(x), _narrow(masked_m, x.shape[1])
 
 
-def _narrow(masked_m: Any, rows: int) -> jax.Array:
-    """`masked_m` as int32 in [0, rows], clamped before it is narrowed."""
+def _narrow(masked_m: Any, rows: Any) -> jax.Array:
+    """`masked_m` as int32 in [0, rows], clamped before it is narrowed; rows may be a symbol."""
+    if not isinstance(rows, int):
+        rows = checks.INT32_MAX  # what runs clamps to the rows
     if isinstance(masked_m, np.ndarray):
         rows = min(rows, int(jnp.iinfo(masked_m.dtype).max))
         return jnp.asarray(np.clip(masked_m, 0, rows).astype(np.int32))

@@ -253,7 +253,8 @@ def masked_grouped_matmul(
         weights,
         max_rows=rows,
         scales=scales,
-        expected_rows=min(expected_m or 0, rows),
+        # Of a symbolic M it is of no use: "xla" runs, which chooses no tiles.
+        expected_rows=min(expected_m or 0, rows) if isinstance(rows, int) else 0,
     )
     operands = (*arrays, *arguments.check_extras(function, problem, bias, None), *of_scales, counts)
     y = _run(problem, implementation, values.reshape(experts * rows, k), *operands)

@@ -149,7 +149,7 @@ def quantize_blockwise(
 def _check_values(function: str, argument: str, value: Any, shape: str) -> Any:
     got = checks.describe(value)
     if not checks.is_array(value):
-        remedy = "Pass a jax or NumPy array."
+        remedy = checks.array_remedy(value)
         raise TypeError(checks.message(function, argument, "be an array", got, remedy))
     if str(value.dtype) not in _DTYPES:
         rule, remedy = f"be one of {', '.join(_DTYPES)}", "Cast it first."

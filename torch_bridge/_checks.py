@@ -1,6 +1,6 @@
 """Checks on torch arguments: static facts only (dtype, shape, device), so that they trace."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -83,6 +83,15 @@ def check_integer_dtypes(function: str, argument: str, value: object) -> tuple[t
     return tuple(given)
 
 
+def describe(value: object) -> str:
+    """As `checks.describe`, and whose array it is where it is none of torch's."""
+    what, package = checks.describe(value), type(value).__module__.partition(".")[0]
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    if not is_array or package not in ("jax", "jaxlib", "numpy"):
+        return what
+    return f"an array of {'NumPy' if package == 'numpy' else 'jax'}, {what}"
+
+
 def not_dense(tensor: torch.Tensor) -> str | None:
     """What kind of tensor has no plain strided memory, or None."""
     if tensor.is_nested:  # it has no shape to describe
@@ -100,6 +109,15 @@ def in_forward_mode() -> bool:
 def has_tangent(tensor: torch.Tensor) -> bool:
     """Whether forward mode differentiates by the tensor, of which requires_grad knows nothing."""
     return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def may_be_differentiated(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether `check_no_gradient` may refuse one of these tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return in_forward_mode()
 
 
 def check_no_gradient(function: str, argument: str, tensor: torch.Tensor) -> None:
@@ -120,7 +138,7 @@ def check_integer_tensor(
 ) -> torch.Tensor:
     """The value, which must be a dense integer tensor, on `device` if one is given."""
     if not isinstance(value, torch.Tensor):
-        what = checks.describe(value)
+        what = describe(value)
         raise TypeError(
             checks.message(function, argument, "be an integer torch.Tensor", what, remedy)
         )
@@ -137,7 +155,7 @@ def check_integer_tensor(
             checks.message(
                 function,
                 argument,
-                f"be on the same device as the ids, {device}",
+                f"be on the same device as the other tensors, {device}",
                 value.device,
                 f"Move it there: {argument}.to({str(device)!r}).",
             )

@@ -308,6 +308,55 @@ def returns_nothing(*arguments: Any) -> None:
     del arguments
 
 
+def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Its rule for torch.func.vmap: a call for each element of the batch.
+
+    Torch has such a rule of its own, but not for lists of tensors, and with a warning.
+    """
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        def call(index: int) -> list[torch.Tensor]:
+            found = operator(
+                *(_element(*pair, index) for pair in zip(arguments, in_dims, strict=True))
+            )
+            return [found] if isinstance(found, torch.Tensor) else list(found)
+
+        # Of no elements the shapes are those of a call with zeros.
+        found = [call(i) for i in range(max(1, info.batch_size))]
+        stacked = [torch.stack(parts)[: info.batch_size] for parts in zip(*found, strict=True)]
+        returns = operator._schema.returns
+        if len(returns) > 1:
+            return tuple(stacked), (0,) * len(stacked)
+        if isinstance(returns[0].type, torch.TensorType):
+            return stacked[0], 0
+        return stacked, [0] * len(stacked)
+
+    return rule
+
+
+def _no_batch(base: str) -> Callable[..., Any]:
+    """The rule of an operator that writes tensors in place: torch's own refusal names the operator alone."""
+    function = base.removesuffix("_into").removesuffix("_out")
+
+    def rule(*_: Any, **__: Any) -> None:
+        what, remedy = "a batch of torch.func.vmap", "Leave out= out there, or call it in a loop."
+        checks.fail(function, "what it writes", "be one tensor", what, remedy, NotImplementedError)
+
+    return rule
+
+
+def _element(argument: Any, dim: Any, index: int) -> Any:
+    """Element `index` of an argument, or of each of a list, along its dimension of the batch."""
+    if isinstance(argument, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(argument)
+        return [_element(each, at, index) for each, at in zip(argument, dims, strict=True)]
+    if dim is None or not isinstance(argument, torch.Tensor):
+        return argument
+    if not argument.shape[dim]:
+        return argument.new_zeros([*argument.shape[:dim], *argument.shape[dim + 1 :]])
+    return argument.select(dim, index)
+
+
 def register(
     base: str,
     schema: str,
@@ -332,7 +381,10 @@ def register(
         _library.impl(name, torch.library.fallthrough_kernel, "Negative")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         packet, _, overload = name.partition(".")
-        _OPERATORS[name] = getattr(getattr(torch.ops.moe_align_jax, packet), overload or "default")
+        operator = getattr(getattr(torch.ops.moe_align_jax, packet), overload or "default")
+        _OPERATORS[name] = operator
+        rule = _no_batch(base) if schema.endswith("-> ()") else _one_by_one(operator)
+        torch.library.register_vmap(f"{_NAMESPACE}::{name}", rule, lib=_library)
 
 
 for _base, (_bodies, _fake) in _BODIES.items():

@@ -387,7 +387,7 @@ def _by_table(
 def _check_floats(function: str, argument: str, value: object) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype not in _route.DTYPES:
         rule = "be a float32, bfloat16 or float16 torch.Tensor"
-        checks.fail(function, argument, rule, checks.describe(value), _REMEDY, TypeError)
+        checks.fail(function, argument, rule, _checks.describe(value), _REMEDY, TypeError)
     elif what := _checks.not_dense(value):
         checks.fail(function, argument, "be a dense tensor", what, "Call to_dense().", TypeError)
 

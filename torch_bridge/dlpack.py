@@ -345,7 +345,7 @@ def to_jax(tensor: torch.Tensor, *, allow_copy: bool = False) -> "jax.Array":
 def check_tensor(function: str, argument: str, tensor: object) -> None:
     """Checks that a tensor is dense and has data. (DLPack would read garbage from a FakeTensor.)"""
     if not isinstance(tensor, torch.Tensor):
-        what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
+        what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
         raise TypeError(checks.message(function, argument, "be a torch.Tensor", what, remedy))
     if is_fake(tensor):
         what = f"a fake, meta or transformed tensor, {checks.describe(tensor)}"

@@ -21,9 +21,7 @@ _I32 = jnp.int32
 
 def check_integer_array(function: str, argument: str, value: Any, remedy: str) -> Any:
     if not (checks.is_array(value) or isinstance(value, np.generic)):
-        if type(value).__module__.partition(".")[0] == "torch":
-            remedy = "Call torch_bridge for PyTorch tensors."
-        got = checks.describe(value)
+        remedy, got = checks.array_remedy(value, remedy), checks.describe(value)
         raise TypeError(checks.message(function, argument, "be an integer array", got, remedy))
     if isinstance(value, np.generic):
         value = np.asarray(value)

@@ -132,11 +132,12 @@ def _implement(
 ) -> Callable:
     choice = select.choose(problem.name, platform, implementation)
     if choice == "mosaic_gpu":
-        _check_kernel_sizes(problem, _batch_shape(problem, ctx.avals_in))
+        check_kernel_sizes(problem, _batch_shape(problem, ctx.avals_in))
     return call_of(choice, problem, batched)
 
 
-def _check_kernel_sizes(problem: AnyAlignProblem, batch: tuple[Any, ...]) -> None:
+def check_kernel_sizes(problem: AnyAlignProblem, batch: tuple[Any, ...]) -> None:
+    """Raises where the kernels do not take symbolic sizes, or so large a batch."""
     sizes = [d for shape in (*problem.inputs.values(), batch) for d in shape]
     if not all(isinstance(d, (int, np.integer)) for d in sizes):
         raise select.not_implemented(

@@ -51,8 +51,10 @@ def describe(value: object) -> str:
         return f"a {type(value).__name__}"
     # np.float32 itself, a class, has both: they describe its numbers.
     if dtype is not None and shape is not None and not isinstance(value, type):
-        masked = "masked " if isinstance(value, np.ma.MaskedArray) else ""
-        return f"{masked}{getattr(dtype, 'name', dtype)} {list(shape)}"
+        kind = "masked " if isinstance(value, np.ma.MaskedArray) else ""
+        if not isinstance(value, (np.ndarray, np.generic)) and _package(value) not in _ARRAYS:
+            kind = f"a {type(value).__name__} of "  # else "must be an array; got float32 [4, 8]"
+        return f"{kind}{getattr(dtype, 'name', dtype)} {list(shape)}"
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         return _long_int(value)
     try:
@@ -62,6 +64,24 @@ def describe(value: object) -> str:
     ):  # it may hold a number of more digits than Python writes, or be anybody's class
         return f"a {type(value).__name__}"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+# Whose arrays are called by their dtype alone.
+_ARRAYS = ("jax", "jaxlib", "numpy", "torch")
+
+
+def _package(value: object) -> str:
+    """The package that its class is from."""
+    return type(value).__module__.partition(".")[0]
+
+
+def array_remedy(value: object, remedy: str = "Pass a jax or NumPy array.") -> str:
+    """What to pass in place of a value that is no array: `remedy`, but for arrays in others' wrappings."""
+    if _package(value) == "torch":
+        return "Call torch_bridge for PyTorch tensors."
+    if hasattr(type(value), "__jax_array__"):
+        return "Pass the array that it holds: param[...] of Flax NNX, named.array of haliax."
+    return remedy
 
 
 # Python refuses to write an int of more than 4,300 digits, and nobody reads one of a hundred.

@@ -24,9 +24,7 @@ TO_E4M3_LAYOUT = (
 def check_array(function: str, argument: str, value: Any) -> Any:
     """The value, which must be an array of NumPy or jax."""
     if not checks.is_array(value):
-        remedy = "Pass a jax or NumPy array."
-        if type(value).__module__.partition(".")[0] == "torch":
-            remedy = "Call torch_bridge for PyTorch tensors."
+        remedy = checks.array_remedy(value)
         checks.refuse(TypeError, function, argument, "be an array", value, remedy)
     return value
 
@@ -149,7 +147,7 @@ def check_aligned(function: str, aligned: Any, block_size: int) -> list[Any]:
         checks.refuse(
             ValueError, function, "aligned.sorted_token_ids", "have shape [P]", ids, remedy
         )
-    blocks = checks.cdiv(ids.shape[0], block_size)
+    blocks = -(-ids.shape[0] // block_size)  # as the alignment writes it, of symbolic sizes too
     if experts.shape != (blocks,):
         rule = f"be the alignment's, with cdiv(P, block_size) = {experts.shape[0]} blocks"
         if experts.ndim != 1:
@@ -282,7 +280,9 @@ def _clamp(value: Any, least: int, most: int) -> Any:
     if value.dtype == jnp.int32 and isinstance(value, jax.Array):
         return value  # the kernels clamp
     info = jnp.iinfo(value.dtype)
-    low, high = max(least, int(info.min)), min(most, int(info.max))
+    # The rows of an exported program may be a symbol: then int32 is the bound, and the products clamp.
+    bound = most if isinstance(most, int) else INT32_MAX
+    low, high = max(least, int(info.min)), min(bound, int(info.max))
     if isinstance(value, np.ndarray):
         return np.clip(value, low, high).astype(np.int32)
     bounds = (jnp.asarray(bound, value.dtype) for bound in (low, high))

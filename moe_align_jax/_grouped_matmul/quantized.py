@@ -172,7 +172,8 @@ def check_x_scales(
     groups = checks.cdiv(k, GROUP)
     words = checks.cdiv(groups, GROUPS_PER_WORD) if packed else groups
     as_rows = (*lead, most, words)
-    pitches = sorted({most, checks.round_up(most, _COLUMN_MULTIPLE)})
+    # Rounded up as the casts write it: symbols of an exported program are compared by their form.
+    pitches = (most, most + -most % _COLUMN_MULTIPLE)
     as_columns = [(*lead, words, pitch) for pitch in pitches]
     fits = {"row_major": scales.shape == as_rows, "column_major": scales.shape in as_columns}
     fitting = [name for name in _LAYOUTS if fits[name] and layout in (None, name)]

@@ -21,7 +21,7 @@ from moe_align_jax._grouped_matmul.problem import (
 )
 
 _I32, _F32 = jnp.int32, jnp.float32
-# Rows of a tile where no block size is given.
+# Most rows of a tile where no block size is given.
 _TILE = 128
 
 
@@ -86,13 +86,13 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
         count = jnp.clip(lax.div(used[0] + (block - 1), _I32(block)), 0, problem.num_blocks)
         return Tiles(block, count, expert_ids, start, start + block)
     if problem.rows == "masked":
-        size = max(1, min(_TILE, problem.max_rows))
+        size = _tile_rows(problem.max_rows)
         sizes = jnp.clip(where[0], 0, problem.max_rows)
         begin = jnp.arange(problem.num_experts, dtype=_I32) * problem.max_rows
         most = problem.num_experts * -(-problem.max_rows // size)
         expert = jnp.arange(problem.num_experts, dtype=_I32)
     else:
-        size = max(1, min(_TILE, problem.num_rows))
+        size = _tile_rows(problem.num_rows)
         ends = group_ends(where[0], problem.num_rows)
         begin = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         sizes = ends - begin
@@ -106,6 +106,11 @@ def tiles(problem: MatmulProblem, *where: jax.Array) -> Tiles:
     group = jnp.minimum(group, max(sizes.shape[0] - 1, 0))
     start = begin[group] + (index - (last - each)[group]) * size
     return Tiles(size, last[-1], expert[group], start, (begin + sizes)[group])
+
+
+def _tile_rows(limit: Any) -> int:
+    """Rows of a tile where no block size is given. `limit`: rows that a group can have, maybe a symbol."""
+    return max(1, min(_TILE, limit)) if isinstance(limit, int) else _TILE
 
 
 def group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
@@ -288,7 +293,7 @@ def _spare(problem: MatmulProblem) -> int:
     if problem.rows == "blocks":
         return problem.num_blocks * problem.block_size - problem.num_rows
     limit = problem.max_rows if problem.rows == "masked" else problem.num_rows
-    return max(1, min(_TILE, limit)) - 1
+    return _tile_rows(limit) - 1
 
 
 def _of_expert(problem: MatmulProblem, tiles: Tiles, i: jax.Array, array: Any) -> Any:

@@ -95,15 +95,23 @@ def _stored(problem: MaskedQuantProblem, scale: jax.Array, valid: jax.Array) -> 
     if problem.packed:
         exponent = lax.bitcast_convert_type(scale, jnp.int32) >> _EXPONENT_BITS
         exponent = jnp.where(valid[..., None], exponent, 0)
-        words = exponent.shape[2] // GROUPS_PER_WORD
-        word = exponent.reshape(*exponent.shape[:2], words, GROUPS_PER_WORD)
-        shift = jnp.arange(GROUPS_PER_WORD, dtype=jnp.int32) * 8
-        return jnp.sum(word << shift[None, None, None], axis=-1, dtype=jnp.int32).transpose(0, 2, 1)
+        return _words(exponent).transpose(0, 2, 1)
     scale = jnp.where(valid[..., None], scale, jnp.float32(0))
     if problem.scale_layout == "row_major":
         return scale
     padding = -problem.max_rows % COLUMN_MULTIPLE
     return jnp.pad(scale.transpose(0, 2, 1), ((0, 0), (0, 0), (0, padding)))
+
+
+def _words(exponents: jax.Array) -> jax.Array:
+    """int32 `[..., w]` of exponents `[..., 4 w]` in [0, 255]: byte i of word j is that of 4 j + i.
+
+    By shifts: a bitcast of four bytes to a word has no symbolic sizes.
+    """
+    *lead, groups = exponents.shape
+    parts = exponents.reshape(*lead, groups // GROUPS_PER_WORD, GROUPS_PER_WORD)
+    shift = jnp.broadcast_to(jnp.arange(GROUPS_PER_WORD, dtype=jnp.int32) * 8, parts.shape)
+    return jnp.sum(parts << shift, axis=-1, dtype=jnp.int32)
 
 
 def rows_quantised(
@@ -119,10 +127,8 @@ def rows_quantised(
         if columns:
             scale = _pad_last(scale.swapaxes(-1, -2), COLUMN_MULTIPLE)
         return q, scale
-    exponents = (lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
-    exponents = _pad_last(exponents, GROUPS_PER_WORD)
-    words = exponents.reshape(*shape[:-1], exponents.shape[-1] // 4, GROUPS_PER_WORD)
-    words = lax.bitcast_convert_type(words, jnp.int32)
+    exponents = lax.bitcast_convert_type(scale, jnp.int32) >> _EXPONENT_BITS
+    words = _words(_pad_last(exponents, GROUPS_PER_WORD))
     return q, words.swapaxes(-1, -2) if columns else words
 
 

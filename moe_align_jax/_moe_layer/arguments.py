@@ -127,8 +127,7 @@ def check_routing(function: str, x: Any, topk_weights: Any, topk_ids: Any) -> tu
     """Both `[T, K]`."""
     if not checks.is_array(topk_ids) or not jnp.issubdtype(topk_ids.dtype, jnp.integer):
         remedy = "Pass the expert ids that top_k returned, not their weights."
-        if type(topk_ids).__module__.partition(".")[0] == "torch":
-            remedy = "Call torch_bridge for PyTorch tensors."
+        remedy = checks.array_remedy(topk_ids, remedy)
         checks.refuse(TypeError, function, "topk_ids", "be an integer array", topk_ids, remedy)
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
         rule = f"have shape [T, K] with T = {x.shape[0]}, as x has"

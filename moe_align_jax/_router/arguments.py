@@ -37,8 +37,6 @@ def check_route(
 ) -> tuple[RouteProblem, dict[str, Any]]:
     """The checked problem, and the operands by name as they were given."""
     remedy = "Pass the gate's outputs as a jax or NumPy array."
-    if type(logits).__module__.partition(".")[0] == "torch":
-        remedy = "Call torch_bridge for PyTorch tensors."
     _check_array(function, "logits", logits, remedy)
     check_logits(function, logits)
     problem = make_problem(function, logits, options)
@@ -78,7 +76,7 @@ def check_route(
 def _check_array(function: str, argument: str, value: Any, remedy: str) -> None:
     """Raises TypeError unless it is an array."""
     if not checks.is_array(value):
-        got = checks.describe(value)
+        remedy, got = checks.array_remedy(value, remedy), checks.describe(value)
         raise TypeError(checks.message(function, argument, "be an array", got, remedy))
 
 

@@ -242,6 +242,8 @@ def _implement_fused(
         return functools.partial(_fused, problem, align, choice, config)
     # The alignment's kernels take more than the router's.
     aligning = select.choose("route_and_align", platform, implementation)
+    if aligning == "mosaic_gpu":
+        align_primitive.check_kernel_sizes(align, ())
     route_call = functools.partial(_route, problem, choice)
     return functools.partial(
         _apart, problem, align, route_call, align_primitive.call_of(aligning, align)

@@ -48,7 +48,7 @@ def gmm(
         lhs: `[m, k]` bfloat16, float16 or float32: the rows, group after group.
         rhs: `[g, k, n]` of lhs' dtype, or `[g, n, k]` with `transpose_rhs`.
         group_sizes: `[G]` any integer dtype, G >= g.
-        preferred_element_type: the result's dtype.
+        preferred_element_type: the result's dtype, bfloat16, float16 or float32; None for lhs'. Static.
         group_offset: the group that `rhs[0]` belongs to, a scalar or `[1]`; None for 0. Rows of the groups
             that rhs has no matrix for are zero, or those of `existing_out`.
         existing_out: `[m, n]` of the result's dtype, as for `moe_align_jax.gmm`.
@@ -108,14 +108,20 @@ def gmm(
         rule, got = "be None beside partial_sum", checks.describe(existing_out)
         remedy = "Pass one of them."
         raise ValueError(checks.message(function, "existing_out", rule, got, remedy))
-    out = matmul.gmm(
-        lhs,
-        rhs,
-        group_sizes,
-        jnp.float32,
-        group_offset=0 if group_offset is None else group_offset,
-        transpose_rhs=transpose_rhs,
-    )
+
+    def product(dtype: Any) -> jax.Array:
+        return matmul.gmm(
+            lhs,
+            rhs,
+            group_sizes,
+            dtype,
+            group_offset=0 if group_offset is None else group_offset,
+            transpose_rhs=transpose_rhs,
+        )
+
+    out = product(jnp.float32)
+    # Rounded once, behind the sum, to what the product alone would have.
+    out_dtype = jax.eval_shape(lambda: product(preferred_element_type)).dtype
     got, remedy = checks.describe(partial_sum), "Pass the product of the other part of k."
     if not checks.is_array(partial_sum) or not jnp.issubdtype(partial_sum.dtype, jnp.floating):
         rule = "be a float array"
@@ -123,7 +129,7 @@ def gmm(
     if partial_sum.shape != out.shape:
         rule = f"have shape {list(out.shape)}"
         raise ValueError(checks.message(function, "partial_sum", rule, got, remedy))
-    return (out + partial_sum.astype(jnp.float32)).astype(preferred_element_type)
+    return (out + partial_sum.astype(jnp.float32)).astype(out_dtype)
 
 
 def sparse_matmul(
@@ -183,7 +189,8 @@ def sparse_matmul(
         implementation: as for `fused_moe`. Static.
 
     Returns:
-        The output `[batch, length, H]` of inputs' dtype; the load-balancing loss, a float32 scalar, or None;
+        The output `[batch, length, H]` of inputs' dtype; the load-balancing loss, a float32 scalar (0 without
+        tokens), or None;
         the update to add to the gate's bias, `[E]` float32, or None.
 
     Raises:
@@ -211,7 +218,7 @@ def sparse_matmul(
         raise NotImplementedError(checks.message(function, "input_ids", rule, got, remedy))
     for argument, value in (("inputs", inputs), ("gate_logits", gate_logits)):
         if not checks.is_array(value):
-            rule, remedy = "be a jax array", "Pass what the block gets."
+            rule, remedy = "be a jax array", checks.array_remedy(value, "Pass what the block gets.")
             got = checks.describe(value)
             raise TypeError(checks.message(function, argument, rule, got, remedy))
         if value.ndim != 3:
@@ -231,7 +238,7 @@ def sparse_matmul(
     ):
         if not checks.is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
             rule, remedy = "be a float array", "Pass the kernels of all experts of the router."
-            got = checks.describe(value)
+            remedy, got = checks.array_remedy(value, remedy), checks.describe(value)
             raise TypeError(checks.message(function, argument, rule, got, remedy))
         if value.ndim != 3 or value.shape[0] != experts:
             rule = f"have 3 dimensions, of {experts} experts as gate_logits"
@@ -266,7 +273,8 @@ def sparse_matmul(
     if w0_bias is not None and w1_bias is not None:
         parts = (("w0_bias", w0_bias, w0_kernel), ("w1_bias", w1_bias, w1_kernel))
         biases = [_check_bias(function, *part, axis=2) for part in parts]
-        bias_gate_up = jnp.concatenate(biases, axis=1)
+        # Each may have a dtype of its own, and jax may be configured to promote none.
+        bias_gate_up = jnp.concatenate([bias.astype(jnp.float32) for bias in biases], axis=1)
     elif w0_bias is not None or w1_bias is not None:
         rule, got = "be there with w0_bias", "one of them"
         raise ValueError(checks.message(function, "w1_bias", rule, got, "Pass both, or none."))
@@ -392,6 +400,8 @@ def _choose_by_scores(
 def _load_balance_loss(ids: jax.Array, logits: jax.Array) -> jax.Array:
     """The mean over sequences of E times the sum over experts of its pairs per token times its mean share."""
     experts = logits.shape[2]
+    if 0 in logits.shape:  # the mean of nothing is NaN
+        return jnp.sum(logits.astype(jnp.float32))
     density = jnp.mean(jax.nn.one_hot(ids, experts, dtype=jnp.float32).sum(axis=2), axis=1)
     mean = jnp.mean(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), axis=1)
     return jnp.mean(density * mean) * experts**2

@@ -271,6 +271,28 @@ def test_shape_polymorphic_export_of_the_kernels_says_what_to_do():
         jax.export.export(jax.jit(named(None)), platforms=["cuda"])(shape)
 
 
+def test_symbolic_tokens_of_router_and_alignment_say_what_to_do():
+    """The alignment behind the router compared symbols with the limits of its kernels."""
+    [tokens] = jax.export.symbolic_shape("tokens", constraints=("tokens >= 1",))
+    shape = jax.ShapeDtypeStruct((tokens, 4), jnp.float32)
+
+    def export(implementation):
+        run = functools.partial(maj.route_and_align, top_k=2, block_size=4)
+        call = jax.jit(functools.partial(run, implementation=implementation))
+        return jax.export.export(call, platforms=["cpu", "cuda"])(shape)
+
+    with pytest.raises(
+        NotImplementedError, match="static shapes; export a symbolic shape with 'xla'"
+    ):
+        export(None)
+    logits = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    want = maj.route_and_align(logits, top_k=2, block_size=4)
+    for got, each in zip(
+        jax.tree.leaves(export("xla").call(logits)), jax.tree.leaves(want), strict=True
+    ):
+        np.testing.assert_allclose(got, each, rtol=1e-6)
+
+
 # -- the same on a real GPU -------------------------------------------------------------------------------
 
 

@@ -63,6 +63,23 @@ def test_fakes_have_the_shapes_of_the_results(entry, num_tokens, monkeypatch):
     assert {x.device.type for x in on_meta} == {"meta"}
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_vmap_is_a_call_for_each_element(entry, compiled):
+    """Torch has no rule of its own for operators with a list of results: its error named the operator."""
+    _, ids = ids_of(torch.int64, num_tokens=37)
+    many = torch.stack([ids, ids.flip(0), ids // 2], dim=1)
+    run = torch.func.vmap(ENTRIES[entry], in_dims=1)
+    found = (torch.compile(run, backend="aot_eager") if compiled else run)(many)
+    for index in range(3):
+        one = ENTRIES[entry](many.select(1, index).contiguous())
+        assert len(found) == len(one)
+        for got, want in zip(found, one, strict=True):
+            assert got[index].tolist() == want.tolist() and got.dtype == want.dtype
+    if entry != "batched":
+        assert [len(part) for part in run(many[:, :0])] == [0] * len(found)
+
+
 def _op_cases():
     _, ids = ids_of(torch.int32)
     yield "plain", OPS.block_align_dlpack.default, (ids, 16, 8)

@@ -738,6 +738,39 @@ def test_a_result_that_is_no_tensor_is_named():
             deep_gemm.m_grouped_fp8_gemm_nt_contiguous(**given | {"d": d})
 
 
+@pytest.mark.parametrize("name", ["a", "b", "d", "scales of a"])
+@pytest.mark.parametrize("launched", [False, True])
+def test_no_gradient_is_lost(name, launched, fake):
+    """d was written without autograd's knowledge; also where an earlier call without one is known."""
+    fake.launches_directly = launched
+    tensors = {
+        "a": torch.ones(2, 4, 128, dtype=torch.bfloat16),
+        "b": torch.ones(2, 128, 128, dtype=torch.bfloat16),
+        "d": torch.zeros(2, 4, 128, dtype=torch.bfloat16),
+        "scales of a": torch.ones(2, 4, 1),
+    }
+    counts = torch.full((2,), 4, dtype=torch.int32)
+
+    def multiply():
+        a, b, d, scales = tensors.values()
+        if name != "scales of a":
+            return deep_gemm.m_grouped_bf16_gemm_nt_masked(a, b, d, counts, 4)
+        pairs = (
+            (a.to(torch.float8_e4m3fn), scales),
+            (b.to(torch.float8_e4m3fn), torch.ones(2, 1, 1)),
+        )
+        return deep_gemm.m_grouped_fp8_gemm_nt_masked(*pairs, d, counts, 4)
+
+    tensors[name].requires_grad_()
+    with torch.no_grad():
+        multiply()
+        assert bool((tensors["d"] == 128).all())
+        tensors["d"].zero_()
+    with pytest.raises(NotImplementedError, match=f"{name} must need no gradient; got requires_gr"):
+        multiply()
+    assert not tensors["d"].detach().any()
+
+
 def test_sglangs_overlap_is_refused():
     rng = np.random.default_rng(9)
     a, b = make_a(rng, "row-major", GROUPS, 8)[0], make_b(rng)[0]

@@ -361,3 +361,41 @@ def test_explanations_know_the_options_of_what_they_explain():
     with pytest.raises(TypeError, match="^explain_grouped_matmul: block_size must be given") as got:
         torch_bridge.explain_grouped_matmul(x, layer[1], aligned, top_k=1)
     assert_format(got.value)
+
+
+def test_an_array_that_is_no_tensor_is_told_from_one():
+    """It was "must be an integer torch.Tensor; got int32 [4, 3]" of a NumPy array of int32."""
+    x, w = torch.ones(4, 8), torch.ones(4, 8, 8)
+    layer = (x, w[:, :, :4].repeat(1, 1, 2), w[:, :4], torch.ones(4, 3), IDS)
+    rows = w[:, :4].to(torch.bfloat16)
+    calls = {
+        "topk_ids": lambda: torch_bridge.moe_align_block_size(IDS.numpy(), 4, 4),
+        "x": lambda: torch_bridge.fused_moe(x.numpy(), *layer[1:]),
+        "gating_output": lambda: vllm.topk_softmax(layer[3], IDS, IDS.clone(), x.numpy()),
+        "masked_m": lambda: sglang.silu_and_mul_masked_post_quant_fwd(
+            *(rows, rows, x, 128, np.ones(4, np.int32))
+        ),
+        "b": lambda: deep_gemm.m_grouped_bf16_gemm_nt_masked(
+            *(rows, w.numpy(), rows.clone(), torch.ones(4, dtype=torch.int32), 1)
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            TypeError, match=rf"{name} must .*; got an array of NumPy, \w+ \["
+        ) as seen:
+            call()
+        assert_format(seen.value)
+    with pytest.raises(
+        ValueError, match="topk_ids must be on the same device as the other tensors"
+    ):
+        torch_bridge.fused_moe(*layer[:4], IDS.to("meta"))
+
+
+def test_what_overlaps_is_not_asked_to_be_int32():
+    x = torch.zeros(2, 4, 256, dtype=torch.bfloat16)
+    codes = x.view(torch.uint8).flatten()[: 2 * 4 * 128].view(2, 4, 128).view(torch.float8_e4m3fn)
+    counts = torch.ones(2, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match="output must not overlap input; .* Pass a buffer of its own"
+    ):
+        sglang.silu_and_mul_masked_post_quant_fwd(x, codes, torch.zeros(2, 4, 1), 128, counts)

@@ -66,6 +66,39 @@ def assert_near(got, want, most=5e-3):
     assert off < most, off
 
 
+def test_vmap_of_any_operand(fake):
+    """It was "Batching rule not implemented for moe_align_jax::fused_moe_dlpack"."""
+    one, two = tensors(dtype=F32, transposed=False), tensors(dtype=F32, transposed=False, seed=1)
+    both = [torch.stack(pair, -1) for pair in zip(one, two, strict=True)]
+    options = {"return_tokens_per_expert": True}
+
+    def layer(*operands):
+        return torch_bridge.fused_moe(*operands, **options)
+
+    found = torch.func.vmap(layer, in_dims=-1)(*both)
+    x, up, down, shares, ids = one
+    of_x = torch.func.vmap(lambda x: layer(x, (up[:, :, :N], up[:, :, N:]), down, shares, ids))
+    shared = of_x(both[0].movedim(-1, 0))
+    for index, given in enumerate((one, two)):
+        want, counts = torch_bridge.fused_moe(*given, **options)
+        assert torch.equal(found[0][index], want) and torch.equal(found[1][index], counts)
+        want, _ = layer(given[0], (up[:, :, :N], up[:, :, N:]), down, shares, ids)
+        assert torch.equal(shared[0][index], want)
+
+    def product(x, ids):
+        blocks = torch_bridge.align_blocks(ids, block_size=4, num_experts=E)
+        return torch_bridge.grouped_matmul(x, up, blocks, block_size=4, top_k=K)
+
+    got = torch.func.vmap(product)(torch.stack([one[0], two[0]]), torch.stack([one[4], two[4]]))
+    assert torch.equal(got[0], product(one[0], one[4]))
+    assert torch.equal(got[1], product(two[0], two[4]))
+    assert torch.func.vmap(product)(x[None][:0], ids[None][:0]).shape == (0, *got.shape[1:])
+    with pytest.raises(NotImplementedError, match="fused_moe: what it writes must be one tensor;"):
+        torch.func.vmap(lambda x, out: torch_bridge.fused_moe(x, *one[1:], out=out))(
+            torch.stack([x, x]), torch.zeros(2, *x.shape)
+        )
+
+
 LAUNCHES = ["grouped_matmul", "grouped_matmul", "sum_rows"]
 
 

@@ -431,6 +431,18 @@ def test_lowers_for_cuda_to_one_kernel(shape, options):
     assert "stablehlo.exponential" not in text
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint32"])
+def test_export_for_any_number_of_rows(dtype):
+    x, _ = inputs(4, 3, 256)
+    masked_m = np.array([2, 0, 3, 1], dtype)
+    shapes = jax.export.symbolic_shape("4, m, 512"), (4,)
+    structs = map(jax.ShapeDtypeStruct, shapes, (x.dtype, masked_m.dtype))
+    exported = jax.export.export(jax.jit(quant))(*structs)
+    q, scales = exported.call(jnp.asarray(x), jnp.asarray(masked_m))
+    want_q, want_scales = oracle.expected(x, masked_m)
+    oracle.assert_close(q, scales, want_q, want_scales, masked_m)
+
+
 def test_what_the_kernel_cannot_take_goes_to_xla():
     text = lowered_for_cuda((4, 16, 1024), group_size=64)
     assert "mosaic_gpu" not in text and "stablehlo.exponential" in text

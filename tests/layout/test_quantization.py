@@ -132,6 +132,25 @@ def test_scales_in_each_layout_and_format():
     np.testing.assert_array_equal(words, want)
 
 
+@pytest.mark.parametrize("scale_layout", ["row_major", "column_major"])
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0", "ue8m0_packed"])
+def test_export_for_any_number_of_rows(scale_format, scale_layout):
+    """Exponents were packed by a bitcast, whose symbolic sizes XLA could not refine."""
+    options = {"scale_format": scale_format, "scale_layout": scale_layout}
+    x = jnp.asarray(rows(np.float32, 7, 640))
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("m, 640"), x.dtype)
+    exported = jax.export.export(jax.jit(lambda x: maj.quantize_rowwise(x, **options)))(shape)
+    want_q, want = oracle_rowwise(np.asarray(x), 1e-4, scale_format != "float32", False)
+    q, scales = exported.call(x)
+    np.testing.assert_array_equal(bytes_of(q), bytes_of(want_q))
+    if scale_format == "ue8m0_packed":
+        packed = np.zeros((7, 8), np.uint8)
+        packed[:, :5] = want.view(np.int32) >> 23
+        want = packed.view(np.int32)
+    scales = np.asarray(scales)
+    np.testing.assert_array_equal(scales.T[:7] if scale_layout == "column_major" else scales, want)
+
+
 def test_a_cast_of_dispatch_is_within_a_step():
     """DeepEP multiplies by 448 / amax: the same scales to the last place, codes a step off at the most."""
     from moe_align_jax._expert_parallel import message

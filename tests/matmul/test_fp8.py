@@ -331,6 +331,25 @@ def test_transformations():
     np.testing.assert_array_equal(exported.call(*arrays)[0, :3], out[0, :3])
 
 
+@pytest.mark.parametrize("layout", ["row_major", "column_major"])
+def test_export_for_any_number_of_rows(layout):
+    """The casts and the products wrote the pitch of scales in two ways, which of symbols are not equal."""
+    x, w, _, want = make_masked({"scale_layout": layout}, k=128, n=8)
+    wide = jnp.asarray(x[0], jnp.float32) * 3.0
+
+    def run(wide, counts):
+        rows = maj.quantize_rowwise(wide, scale_layout=layout)
+        return maj.masked_grouped_matmul(rows, w, counts, transpose_rhs=True, scale_layout=layout)
+
+    experts, _, k = wide.shape
+    shape = jax.export.symbolic_shape(f"{experts},m,{k}")
+    structs = jax.ShapeDtypeStruct(shape, wide.dtype), jax.ShapeDtypeStruct((experts,), jnp.int32)
+    exported = jax.export.export(jax.jit(run))(*structs)
+    found, same = (f(wide, jnp.asarray(COUNTS)) for f in (exported.call, run))
+    for expert, count in enumerate(COUNTS):
+        np.testing.assert_array_equal(found[expert, :count], same[expert, :count])
+
+
 def test_there_is_no_derivative_and_the_error_says_so():
     x, w, options, _ = make_masked({})
 

@@ -639,6 +639,79 @@ def test_export_for_two_platforms():
     np.testing.assert_allclose(exported.call(lhs, rhs, sizes), want, rtol=1e-5, atol=1e-5)
 
 
+def _symbolic(call, *operands):
+    """call, exported and called. Of operands (array, True) the last axis but one has the symbolic size m."""
+    scope, shapes = jax.export.SymbolicScope(), []
+    for array, symbolic in operands:
+        sizes = [str(size) for size in array.shape]
+        if symbolic:
+            sizes[-2] = "m"
+        shape = jax.export.symbolic_shape(",".join(sizes), scope=scope)
+        shapes.append(jax.ShapeDtypeStruct(shape, array.dtype))
+    return jax.export.export(jax.jit(call))(*shapes).call(*(array for array, _ in operands))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint16"])
+def test_export_for_any_number_of_rows(dtype):
+    """The kernels refuse symbolic rows and name "xla", which then compared them with the rows of a tile."""
+    lhs, rhs, sizes, want = small()
+    sizes, close = sizes.astype(dtype), functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    out = jnp.full(want.shape, 7.0, jnp.float32)
+    behind = np.arange(len(lhs)) >= int(sizes.sum())
+
+    got = _symbolic(maj.ragged_dot, (lhs, True), (rhs, False), (sizes, False))
+    close(got, want, atol=1e-5)
+    got = _symbolic(
+        lambda lhs, out: maj.gmm(lhs, rhs, np.asarray(sizes), existing_out=out),
+        *((lhs, True), (out, True)),
+    )
+    close(got, np.where(behind[:, None], 7.0, want), atol=1e-5)
+
+    def sum_of_squares(lhs, rhs, sizes):
+        return jnp.sum(maj.ragged_dot(lhs, rhs, sizes) ** 2)
+
+    derivative = jax.grad(sum_of_squares, argnums=(0, 1))
+    got = _symbolic(derivative, (lhs, True), (rhs, False), (sizes, False))
+    dense = np.asarray(want, np.float64)
+    group = np.repeat(np.arange(len(sizes) + 1), [*np.asarray(sizes, int), int(behind.sum())])
+    for g in range(len(sizes)):
+        rows = group == g
+        close(got[0][rows], 2 * dense[rows] @ np.asarray(rhs[g], float).T, rtol=1e-4, atol=1e-4)
+        want_w = np.asarray(lhs, float)[rows].T @ (2 * dense[rows])
+        close(got[1][g], want_w, rtol=1e-4, atol=1e-4)
+    tgmm = _symbolic(
+        lambda lhs, toward: maj.tgmm(lhs.T, toward, sizes), (lhs, True), (2 * want, True)
+    )
+    close(tgmm, got[1], rtol=1e-4, atol=1e-4)
+
+    x = jnp.stack([lhs] * len(sizes))
+    got = _symbolic(
+        lambda x, sizes: maj.masked_grouped_matmul(x, rhs, sizes, expected_m=2),
+        *((x, True), (sizes, False)),
+    )
+    for g, size in enumerate(np.asarray(sizes)):
+        close(got[g, :size], np.asarray(lhs[:size] @ rhs[g]), atol=1e-5)
+
+
+def test_export_of_blocks_of_any_number_of_tokens():
+    """Alignment and product wrote the number of blocks in two ways, which of symbols are not equal."""
+    rng = np.random.default_rng(0)
+    x, w = normal(rng, (6, 8), "float32"), normal(rng, (3, 8, 8), "float32")
+    ids = jnp.asarray(ids_of("uniform", 6, 2, 3))
+
+    def multiply(x, ids):
+        aligned = maj.moe_align_block_size(ids, block_size=4, num_experts=3)
+        return maj.grouped_matmul(x, w, aligned, block_size=4, top_k=2)
+
+    found = _symbolic(multiply, (x, True), (ids, True))
+    aligned = maj.moe_align_block_size(ids, block_size=4, num_experts=3)
+    for row in range(int(aligned.num_tokens_post_padded[0])):
+        pair, want = int(aligned.sorted_token_ids[row]), np.zeros(8)
+        if pair < 12:
+            want = oracle.row(x[pair // 2], w[int(aligned.expert_ids[row // 4])])
+        np.testing.assert_allclose(found[row], want, rtol=1e-5, atol=1e-5)
+
+
 def test_explicit_meshes_are_refused_with_a_remedy():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     lhs, rhs, sizes, _ = small()

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import moe_align_jax as maj
 from moe_align_jax.adapters import haliax, maxtext
 from tests.models.example import load
 
@@ -213,6 +214,59 @@ def test_maxtext_gmm_names_wrong_arguments():
         maxtext.gmm(lhs, rhs, SIZES, **both)
 
 
+@pytest.mark.parametrize("parts", [None, np.ones((M, N), F32)])
+def test_maxtext_gmm_has_the_dtype_that_is_asked_for(parts):
+    """With a partial sum None gave float32, int8 cut the sums, and another word was NumPy's to refuse."""
+    lhs, rhs = (jnp.asarray(a, jnp.bfloat16) for a in arrays())
+    for wanted, dtype in ((None, "bfloat16"), ("float16", "float16"), (jnp.float32, "float32")):
+        got = maxtext.gmm(lhs, rhs, SIZES, wanted, partial_sum=parts)
+        want = product(np.asarray(lhs, F32), np.asarray(rhs, F32), SIZES)
+        want += 0 if parts is None else parts
+        assert str(got.dtype) == dtype
+        np.testing.assert_allclose(np.asarray(got, float), want, rtol=1e-2, atol=1e-2)
+    for other in ("int8", "float64", "float8_e4m3fn", "none such"):
+        with pytest.raises(TypeError, match="preferred_element_type must be None or one of bfloat"):
+            maxtext.gmm(lhs, rhs, SIZES, other, partial_sum=parts)
+
+
+class Wrapped:
+    """What a framework puts around an array: jax.numpy takes it, the functions here do not."""
+
+    __module__ = "framework"
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __jax_array__(self):
+        return self.array
+
+
+def test_a_wrapped_array_is_called_by_its_class():
+    """It was "must be an array; got float32 [12, 8]", of a Flax variable that was passed as it is."""
+    lhs, rhs = map(jnp.asarray, arrays())
+    inputs, logits, w0, w1, wo, *_ = map(jnp.asarray, block())
+    ids = np.zeros((M, 1), np.int32)
+    calls = {
+        "lhs": lambda: haliax.ragged_dot(Wrapped(lhs), rhs, SIZES),
+        "rhs": lambda: maxtext.gmm(lhs, Wrapped(rhs), SIZES),
+        "group_sizes": lambda: maxtext.gmm(lhs, rhs, Wrapped(jnp.asarray(SIZES))),
+        "w_down": lambda: maj.fused_moe(lhs, rhs, Wrapped(rhs), np.ones((M, 1), F32), ids),
+        "topk_ids": lambda: maj.fused_moe(lhs, rhs, rhs[:, :, :8], lhs[:, :1], Wrapped(ids)),
+        "logits": lambda: maj.route_topk(Wrapped(lhs), top_k=1),
+        "correction_bias": lambda: maj.route_topk(lhs, top_k=1, correction_bias=Wrapped(lhs[0])),
+        "inputs": lambda: maxtext.sparse_matmul(
+            *(Wrapped(inputs), logits, None, w0, w1, wo), num_experts_per_tok=1
+        ),
+        "w1_kernel": lambda: maxtext.sparse_matmul(
+            *(inputs, logits, None, w0, Wrapped(w1), wo), num_experts_per_tok=1
+        ),
+    }
+    for name, call in calls.items():
+        said = rf"{name} must be an? [a-z ]*array; got a Wrapped of \w+ \[.*\]\. Pass the array that it"
+        with pytest.raises(TypeError, match=said):
+            call()
+
+
 # -- MaxText's sparse_matmul ------------------------------------------------------------------------------
 
 BATCH, LENGTH, HIDDEN, FFN, EXPERTS, TOP_K = 2, 5, 8, 6, 8, 3
@@ -265,6 +319,37 @@ def test_maxtext_sparse_matmul_with_a_softmax_of_the_chosen_logits():
     close(loss, 0.5 * want)
     counts = np.bincount(ids.ravel(), minlength=EXPERTS)
     close(update, 0.25 * np.sign(ids.size / EXPERTS - counts))
+
+
+def test_maxtext_biases_may_differ_in_dtype():
+    """Where jax is configured to promote nothing, that was an error of jax' own about a concatenation."""
+    inputs, logits, w0, w1, wo, b0, b1, bo = map(jnp.asarray, block())
+    b0, bo = b0.astype(jnp.bfloat16), bo.astype(jnp.float16)
+
+    def run(*biases):
+        given = inputs, logits, None, w0, w1, wo, *biases
+        return maxtext.sparse_matmul(*given, num_experts_per_tok=TOP_K)[0]
+
+    want = run(*(b.astype(jnp.float32) for b in (b0, b1, bo)))
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(run(b0, b1, bo), want)
+        derivative = jax.grad(lambda *biases: jnp.sum(run(*biases)), argnums=(0, 1, 2))(b0, b1, bo)
+    assert [str(d.dtype) for d in derivative] == ["bfloat16", "float32", "float16"]
+
+
+@pytest.mark.parametrize("shape", [(0, LENGTH), (BATCH, 0)])
+def test_maxtext_sparse_matmul_of_no_tokens(shape):
+    """The loss is 0, as that of `load_balancing_loss`: it was NaN, and so was a loss that it was added to."""
+    _, _, *weights = map(jnp.asarray, block())
+    inputs, logits = (jnp.zeros((*shape, size), F32) for size in (HIDDEN, EXPERTS))
+    options = {"num_experts_per_tok": TOP_K, "load_balance_loss_weight": 0.5}
+
+    def loss_of(logits):
+        return maxtext.sparse_matmul(inputs, logits, None, *weights, **options)[1]
+
+    out, loss, _ = maxtext.sparse_matmul(inputs, logits, None, *weights, **options)
+    assert out.shape == inputs.shape and loss.dtype == jnp.float32 and float(loss) == 0.0
+    assert jax.grad(loss_of)(logits).shape == logits.shape
 
 
 def test_maxtext_sparse_matmul_with_the_groups_and_the_bias_of_deepseek():

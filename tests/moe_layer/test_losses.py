@@ -276,6 +276,22 @@ def test_a_layer_with_dropped_pairs():
         np.testing.assert_allclose(slope[:, k], want.sum(axis=1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_capacity_of_symbolic_tokens_is_the_callers():
+    """It was an error of jax' own about the truth of an array."""
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("t, 2"), jnp.int32)
+    ids = jnp.array([[0, 1], [0, 2], [0, 1]], jnp.int32)
+
+    def export(**options):
+        def drop(ids):
+            return maj.drop_over_capacity(ids, num_experts=3, drop="position", **options).topk_ids
+
+        return jax.export.export(jax.jit(drop))(shape)
+
+    with pytest.raises(ValueError, match="capacity_factor must be left out where .* is symbolic"):
+        export(capacity_factor=1.0)
+    assert export(capacity=2).call(ids).tolist() == [[0, 1], [0, 2], [-1, 1]]
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "change"),
     [

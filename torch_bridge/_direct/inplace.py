@@ -171,7 +171,8 @@ def check_no_overlap(
         for other_name, other in earlier:
             if _ops.overlaps(buffer, other):
                 rule, what = f"not overlap {other_name}", "tensors that share memory"
-                raise ValueError(checks.message(function, argument, rule, what, _REMEDY))
+                remedy = "Pass a buffer of its own memory, for example from torch.empty."
+                raise ValueError(checks.message(function, argument, rule, what, remedy))
         earlier.append((argument, buffer))
 
 

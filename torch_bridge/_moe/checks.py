@@ -15,8 +15,8 @@ _FLOATS = (*DTYPES, torch.float64)
 
 def _tensor(function: str, argument: str, value: Any, like: torch.Tensor | None) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
-        remedy = "Call moe_align_jax for arrays of jax."
-        checks.refuse(TypeError, function, argument, "be a torch.Tensor", value, remedy)
+        remedy, what = "Call moe_align_jax for arrays of jax.", _checks.describe(value)
+        checks.refuse(TypeError, function, argument, "be a torch.Tensor", what, remedy)
     if what := _checks.not_dense(value):
         remedy = "Call to_dense() or dequantize() first."
         checks.refuse(TypeError, function, argument, "be a dense tensor", what, remedy)

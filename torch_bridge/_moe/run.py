@@ -216,13 +216,7 @@ def repeat(key: Key, tensors: Sequence[Any]) -> torch.Tensor | None:
         tensors: what the caller gave, unchecked, in the order of the bound call; then `out`, if given.
     """
     found = _calls.find(key, tensors)
-    if found is None:
-        return None
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                return None
-    if _checks.in_forward_mode():
+    if found is None or _checks.may_be_differentiated(tensors):
         return None
     bound, pointers = found
     if len(pointers) > len(bound.order):

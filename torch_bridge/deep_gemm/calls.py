@@ -71,12 +71,12 @@ def checked(
     named[where] = layout
     for argument, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
-            checks.refuse(
-                TypeError, function, argument, "be a tensor", tensor, "Pass a PyTorch tensor."
-            )
+            got, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
+            checks.refuse(TypeError, function, argument, "be a tensor", got, remedy)
         if what := _checks.not_dense(tensor):
             remedy = "Call to_dense() or dequantize() first."
             checks.refuse(TypeError, function, argument, "be a dense tensor", what, remedy)
+        _checks.check_no_gradient(function, argument, tensor)
     for argument, tensor in named.items():
         if tensor.device != d.device:
             rule, got = f"be on d's device, {d.device}", str(tensor.device)

@@ -63,7 +63,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     Raises:
         TypeError: an argument is no tensor of its dtype.
         ValueError: shapes, devices or layouts do not fit, or d shares memory with an operand.
-        NotImplementedError: fp4, another recipe, or an epilogue.
+        NotImplementedError: fp4, another recipe, an epilogue, or a tensor needs a gradient.
         torch_bridge.Miss: a stream is captured into a CUDA graph and the kernel for these sizes was not used
             before: call it once ahead of the capture. Nothing is written in any of these cases.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torch_bridge import _checks
 from torch_bridge._direct import known_calls
 
 
@@ -58,7 +59,7 @@ def repeat(options: tuple[Any, ...], tensors: Sequence[Any]) -> bool:
         tensors: what the caller gave, unchecked: a, b, more, d.
     """
     found = calls.find(options, tensors)
-    if found is None:
+    if found is None or _checks.may_be_differentiated(tensors):
         return False
     (launch, scales), pointers = found
     if scales is not None:

@@ -210,7 +210,8 @@ def transform_sf_into_required_layout(
         rule, remedy = "be (1, 128) for rows or (128, 128) for weights", "Others are of Blackwell."
         checks.refuse(NotImplementedError, function, "recipe", rule, str(tuple(numbers)), remedy)
     if not isinstance(sf, torch.Tensor):
-        checks.refuse(TypeError, function, "sf", "be a tensor", sf, "Pass the scales.")
+        got, remedy = _checks.describe(sf), "Pass the scales."
+        checks.refuse(TypeError, function, "sf", "be a tensor", got, remedy)
     if sf.dtype != torch.float32:
         remedy = "Packed exponents are the layout of Blackwell."
         checks.refuse(NotImplementedError, function, "sf", "be float32 on Hopper", sf, remedy)

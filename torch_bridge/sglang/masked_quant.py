@@ -178,7 +178,7 @@ def _check(tensors: dict[str, torch.Tensor], group_size, ue8m0, alpha, limit) ->
     """The checks that also work while tracing; returns the group size as an int."""
     for argument, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            what, remedy = checks.describe(tensor), "Pass a PyTorch tensor."
+            what, remedy = _checks.describe(tensor), "Pass a PyTorch tensor."
             rule = "be a torch.Tensor"
             raise TypeError(checks.message(_FUNCTION, argument, rule, what, remedy))
         if tensor.is_nested:  # it has no shape to ask for
