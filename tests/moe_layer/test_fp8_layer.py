@@ -255,7 +255,15 @@ def test_faulty_files_and_tensors(tmp_path):
             {k: v for k, v in tensors.items() if k != f"{name}_scale_inv"},
             "tensors must hold .*2.up_proj.weight_scale_inv",
         ),
-        (tensors | {name: np.zeros((N, H), np.float32)}, "tensors must hold e4m3 matrices of all"),
+        (
+            tensors | {name: np.zeros((N, H), np.float32)},
+            "tensors must hold float8_e4m3fn .*2.up_proj.weight beside .*_scale_inv",
+        ),
+        (
+            {k: v for k, v in tensors.items() if k != f"{name}_scale_inv"}
+            | {name: np.zeros((N, H), np.float32)},
+            "tensors must hold e4m3 matrices of all",
+        ),
         (
             tensors
             | {
