@@ -52,7 +52,7 @@ def describe(value: object) -> str:
     # np.float32 itself, a class, has both: they describe its numbers.
     if dtype is not None and shape is not None and not isinstance(value, type):
         kind = "masked " if isinstance(value, np.ma.MaskedArray) else ""
-        if not isinstance(value, (np.ndarray, np.generic)) and _package(value) not in _ARRAYS:
+        if not isinstance(value, (np.ndarray, np.generic)) and package_of(value) not in _ARRAYS:
             kind = f"a {type(value).__name__} of "  # else "must be an array; got float32 [4, 8]"
         return f"{kind}{getattr(dtype, 'name', dtype)} {list(shape)}"
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
@@ -70,16 +70,16 @@ def describe(value: object) -> str:
 _ARRAYS = ("jax", "jaxlib", "numpy", "torch")
 
 
-def _package(value: object) -> str:
+def package_of(value: object) -> str:
     """The package that its class is from."""
     return type(value).__module__.partition(".")[0]
 
 
 def array_remedy(value: object, remedy: str = "Pass a jax or NumPy array.") -> str:
     """What to pass in place of a value that is no array: `remedy`, but for arrays in others' wrappings."""
-    if _package(value) == "torch":
+    if package_of(value) == "torch":
         return "Call torch_bridge for PyTorch tensors."
-    if hasattr(type(value), "__jax_array__"):
+    if not is_array(value) and hasattr(type(value), "__jax_array__"):  # as what jit traces has it
         return "Pass the array that it holds: param[...] of Flax NNX, named.array of haliax."
     return remedy
 

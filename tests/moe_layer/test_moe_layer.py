@@ -1027,3 +1027,12 @@ def test_more_than_memory_holds():
     routing = [like((tokens, 1), "float32"), like((tokens, 1), "int32")]
     with pytest.raises(ValueError, match="^fused_moe: the result must fit the .* of a device"):
         jax.eval_shape(maj.fused_moe, *floats, *routing)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_ids_that_are_weights_have_the_same_remedy_under_jit(traced):
+    """What jit traces is an array, and not one that a framework wraps."""
+    operands = replaced(topk_ids=replaced()["topk_weights"])
+    layer = jax.jit(maj.fused_moe) if traced else maj.fused_moe
+    with pytest.raises(TypeError, match=r"^fused_moe: topk_ids .* Pass the expert ids that top_k"):
+        layer(**operands)
