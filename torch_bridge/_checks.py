@@ -85,7 +85,7 @@ def check_integer_dtypes(function: str, argument: str, value: object) -> tuple[t
 
 def describe(value: object) -> str:
     """As `checks.describe`, and whose array it is where it is none of torch's."""
-    what, package = checks.describe(value), type(value).__module__.partition(".")[0]
+    what, package = checks.describe(value), checks.package_of(value)
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
     if not is_array or package not in ("jax", "jaxlib", "numpy"):
         return what

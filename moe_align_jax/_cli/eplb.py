@@ -19,9 +19,9 @@ from moe_align_jax import (
 )
 from moe_align_jax._cli import heatmap
 from moe_align_jax._core.checks import fail
-from moe_align_jax._core.files import is_table, read_file
+from moe_align_jax._core.files import is_pipe
 from moe_align_jax._eplb import loads, maps, placement_files
-from moe_align_jax._expert_load.files import read_table, write_atomically
+from moe_align_jax._expert_load.files import read_dump, write_atomically
 
 _FUNCTION = "moe-align eplb"
 
@@ -156,9 +156,7 @@ _LOADS = "Pass loads: a recorder's dump, or JSON with logical_count. A placement
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if is_table(file, function=_FUNCTION):
-        return read_table(file)
-    return read_file(file, function=_FUNCTION)
+    return read_dump(file, function=_FUNCTION)
 
 
 def _in_force(
@@ -277,7 +275,7 @@ def _check_outputs(files: Sequence[Path], options: Options) -> None:
     if options.report is not None:
         outputs["--report"] = options.report
     for option, path in outputs.items():
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if path.exists() and is_pipe(path):
             # A file would take the place of the pipe or device itself, even of /dev/null.
             remedy = "Name a file, and print that."
             fail(_FUNCTION, option, "be a file", f"the pipe or device {path}", remedy)

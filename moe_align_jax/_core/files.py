@@ -67,14 +67,23 @@ def read_file(path: str | os.PathLike[str], *, function: str = "read_file") -> d
             ) from error
 
 
+def is_pipe(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a pipe or a device, neither a file nor a folder.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    mode = os.stat(path).st_mode
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def check_is_no_pipe(path: str | os.PathLike[str], *, function: str) -> None:
     """Refuses what gives its bytes once, such as bash's `<(command)`: files are opened more than once.
 
     Raises:
         OSError: there is no such file.   ValueError: it is a pipe or a device.
     """
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    if is_pipe(path):
         got, remedy = f"{os.fspath(path)!r}, a pipe or a device", "Write it to a file first."
         raise ValueError(checks.message(function, "file", "be a regular file", got, remedy))
 

@@ -45,11 +45,9 @@ def read(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
     """
     name = os.fspath(path)
     if not name.lower().endswith((".yaml", ".yml")):
-        if files.is_table(path, function=function):
-            from moe_align_jax._expert_load.files import read_table
+        from moe_align_jax._expert_load.files import read_dump
 
-            return read_table(path)
-        return files.read_file(path, function=function)
+        return read_dump(path, function=function)
     try:
         import yaml
     except ImportError:

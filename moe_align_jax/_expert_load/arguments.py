@@ -42,7 +42,7 @@ def integers(function: str, argument: str, value: Any) -> jax.Array:
     if not array or not jnp.issubdtype(kind, jnp.integer):
         got = "None" if value is None else checks.describe(value)
         rule = "be an integer array"
-        if type(value).__module__.partition(".")[0] == "torch":
+        if checks.package_of(value) == "torch":
             rule, got = "be an integer array of jax or NumPy", f"a torch.Tensor {got}"
             remedy = "Pass jax.dlpack.from_dlpack(tensor)."
         raise TypeError(checks.message(function, argument, rule, got, remedy))

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moe_align_jax._core import checks
-from moe_align_jax._core.files import check_is_no_pipe
+from moe_align_jax._core.files import check_is_no_pipe, is_pipe, is_table, read_file
 
 FORMATS = ("npz", "arrow", "parquet")
 # Arrays with a row per (pass, layer): a table's columns. Everything else goes into its metadata.
@@ -36,7 +36,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
     name = None
     try:
         target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file() and not target.is_dir():
+        if target.exists() and is_pipe(target):
             raise OSError(errno.EINVAL, "no regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.parent / f".{target.name}.{secrets.token_hex(8)}"
@@ -159,6 +159,13 @@ def _flat(column: Any) -> np.ndarray:
     if hasattr(column.type, "list_size"):
         column = column.flatten()
     return column.to_numpy(zero_copy_only=False)
+
+
+def read_dump(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
+    """The contents of a dump of any format: of a table as `read_table`, else as `read_file`."""
+    if is_table(path, function=function):
+        return read_table(path)
+    return read_file(path, function=function)
 
 
 def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:

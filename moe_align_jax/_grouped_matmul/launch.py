@@ -13,6 +13,7 @@ from moe_align_jax._grouped_matmul import (
     spread,
     spread_kernel,
     tile_list,
+    tile_order,
 )
 from moe_align_jax._grouped_matmul.choose_tiles import config_for, permutes_first, spreads_first
 from moe_align_jax._grouped_matmul.config import Config, unshared
@@ -151,9 +152,11 @@ def _x(problem: MatmulProblem, config: Config, x: jax.Array, interpret: bool) ->
 def list_of(problem: MatmulProblem, config: Config) -> Program:
     """The launch that makes the list of tiles, for tiles that come from one."""
     if config.heights:
-        by_columns = shape_of(problem, config).n_tiles
-        whole = config.falling and not config.group and config.num_ctas % by_columns == 0
-        order = config.exact, config.falling, config.num_ctas // by_columns if whole else 0
+        a_round = 0
+        if config.falling and not config.group:
+            n_tiles = shape_of(problem, config).n_tiles
+            a_round = tile_order.whole_round(config.num_ctas, n_tiles)
+        order = config.exact, config.falling, a_round
         return cut_list.build(cut_list.of(problem, config.heights, *order))
     return tile_list.build(tile_list.of(problem, config.bm))
 

@@ -73,12 +73,17 @@ def mixing(
     return Mixing(small, large_from, small_from, units, a_round)
 
 
+def whole_round(clusters: int, n_tiles: int) -> int:
+    """Tiles of rows, with all their n tiles, that so many CTAs take at once; 0 if it is no whole number."""
+    return 0 if clusters % n_tiles else clusters // n_tiles
+
+
 def a_round_of(problem: MatmulProblem, clusters: int, n_tiles: int) -> int:
     """Blocks that the CTAs take in a round, or 0 where `mixed` deals none out: where it is no whole number,
     or where numbers of that many blocks would overflow."""
-    if clusters % n_tiles:
+    each, blocks = whole_round(clusters, n_tiles), problem.num_blocks
+    if not each:
         return 0
-    each, blocks = clusters // n_tiles, problem.num_blocks
     turns = -(-blocks // each)
     return each if blocks * turns * turns < 1 << 31 else 0
 
